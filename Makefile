@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SEED ?= 0
+RUN ?= runs/tiny
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo    train all three stages on the small world, then open $(RUN)/report.html (about 6 minutes)"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove what the other targets built; runs/ and data/ stay"
+
+$(STAMP): constraints.txt pyproject.toml kernels/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "installing into $(VENV); this takes a minute or two"
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ./kernels -e '.[train,dev]'
+	@touch $@
+
+data/tiny/%/captions.jsonl: | $(STAMP)
+	@$(BIN)/uae-fast tiny export $(@D) --split $* --count $(if $(filter train,$*),2048,1024) --seed 0
+
+demo: $(STAMP) data/tiny/train/captions.jsonl data/tiny/heldout/captions.jsonl
+	@if test -f $(RUN)/summary.json; then \
+		echo "$(RUN) has a finished run, see $(RUN)/report.html; for another one: make demo RUN=runs/again"; \
+	elif ls $(RUN)/checkpoints/step-*/state.json >/dev/null 2>&1; then \
+		$(BIN)/uae-fast train $(RUN)/config.yaml run=$(RUN) --resume; \
+	elif test -e $(RUN)/metrics.jsonl; then \
+		echo "$(RUN) has a run that stopped before its first checkpoint; choose another folder: make demo RUN=runs/again"; exit 1; \
+	else \
+		$(BIN)/uae-fast train tiny run=$(RUN) seed=$(SEED); \
+	fi
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,132 @@
+"""What the ops share: result types, the dtype rule, dispatch, and how numbers reach a custom op."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class GRPOLoss(NamedTuple):
+    """What `grpo_loss`, `linear_grpo_loss` and `flow_grpo_loss` return."""
+
+    loss: Tensor  # 0-d, differentiable
+    metrics: dict[str, Tensor]  # 0-d tensors on the inputs' device, without a graph
+    per_token: Tensor  # the loss before its reduction: (B, T), or (B,) for a flow policy
+    logprobs: Tensor  # detached: the next update's old_logprobs
+
+
+class FlowStep(NamedTuple):
+    """What `flow_step` returns, all in fp32 (fp64 for fp64 inputs)."""
+
+    next_sample: Tensor  # (B, ...)
+    log_prob: Tensor | None  # (B,), a mean over the sample's elements; None for a deterministic step
+    mean: Tensor  # (B, ...)
+    std: Tensor  # (B, 1, ..., 1)
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any input is fp64, else fp32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_impl(op: str, impl: str) -> None:
+    """Raises unless PyTorch may serve the call."""
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f'{op}: impl must be "auto", "triton" or "torch", got {impl!r}')
+    if impl == "triton":
+        raise RuntimeError(f'{op} has no Triton kernel in this version: use impl="auto" or impl="torch"')
+
+
+def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def pack_head(temperature: float, softcap: float | None, logit_scale: float) -> Tensor:
+    """What turns h·Wᵀ into scores, as one fp64 CPU tensor; no softcap is 0.
+
+    A float in an op's schema would make torch.compile specialise on its value; tensor × number is the form it
+    keeps symbolic. A CPU tensor is read inside the op without a device synchronisation.
+    """
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * value for value in (temperature, softcap or 0.0, logit_scale)])
+
+
+def unpack_head(packed: Tensor) -> tuple[float, float | None, float]:
+    temperature, softcap, logit_scale = packed.tolist()
+    return temperature, softcap or None, logit_scale
+
+
+def pack(*numbers: float | None) -> Tensor:
+    """Numbers as one fp64 CPU tensor, None as NaN; see `pack_head`."""
+    values = [math.nan if value is None else value for value in numbers]
+    if not torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * value for value in values])
+
+
+def unpack(packed: Tensor) -> list[Any]:
+    return [None if math.isnan(value) else value for value in packed.tolist()]
+
+
+def pull_back(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grads: tuple[Tensor, ...],
+) -> Any:
+    """The gradient of each needed input of `function`, which is evaluated again; no elements for the others.
+
+    A custom op runs below autograd's dispatch keys; here they are put back. torch.func would serve, but not
+    inside a TorchDispatchMode (such as a FLOP counter).
+    """
+    included, excluded = (
+        torch._C._dispatch_tls_local_include_set(),
+        torch._C._dispatch_tls_local_exclude_set(),
+    )
+    excluded = excluded.remove(torch._C.DispatchKey.AutogradFunctionality)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        leaves = [
+            x.detach().requires_grad_() if x is not None and need else x for x, need in zip(inputs, needed, strict=True)
+        ]
+        outputs = [(y, g) for y, g in zip(function(*leaves), grads, strict=True) if y.requires_grad]
+        chosen = [x for x, need in zip(leaves, needed, strict=True) if x is not None and need]
+        result = iter(
+            torch.autograd.grad([y for y, _ in outputs], chosen, [g for _, g in outputs], materialize_grads=True)
+        )
+    return tuple(next(result).contiguous() if need else grads[0].new_empty(0) for need in needed)
+
+
+def fake_pull_back(inputs: Sequence[Tensor | None], needed: Sequence[bool], like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(
+        x.new_empty(x.shape) if x is not None and need else like.new_empty(0)
+        for x, need in zip(inputs, needed, strict=True)
+    )
+
+
+def number(value: float, like: Tensor) -> Tensor:
+    """A number as a 0-d tensor beside `like`, without a copy from the host."""
+    return torch.ones((), dtype=like.dtype, device=like.device) * value
+
+
+def per_sample(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number, a 0-d tensor or a (B,) tensor as a (B,) tensor of `like`'s compute dtype on its device."""
+    ones = torch.ones(like.shape[0], dtype=compute_dtype(like), device=like.device)
+    if isinstance(value, Tensor):
+        if value.dim() and value.shape != ones.shape:
+            raise ValueError(f"expected a scalar or shape {tuple(ones.shape)}, got {tuple(value.shape)}")
+        value = value.to(ones)
+    return ones * value
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """(rows, n) -> (rows,) in an order that does not depend on the number of rows.
+
+    One long sum with a single result would be split over threads; sums of 1,024 never are.
+    """
+    rows, n = x.shape
+    x = torch.nn.functional.pad(x, (0, -n % 1024))
+    return x.reshape(rows, -1, 1024).sum(-1).sum(-1)

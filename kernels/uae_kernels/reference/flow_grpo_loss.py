@@ -1,0 +1,114 @@
+"""Definition of `uae_kernels.flow_grpo_loss`: Flow-GRPO (arXiv 2505.05470) on one denoising step."""
+
+import torch
+from torch import Tensor
+
+from .._common import GRPOLoss, check_choice, check_impl, compute_dtype, per_sample, row_sum
+from .flow_step import NOISE_LEVEL, check_step, guided, log_density, transition
+from .grpo_loss import MAX_EXPONENT
+
+METRICS = ("kl", "ratio_mean", "ratio_max", "clip_fraction_low", "clip_fraction_high")
+
+
+def flow_grpo_loss(
+    velocity: Tensor,
+    sample: Tensor,
+    next_sample: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    *,
+    kind: str = "flow_sde",
+    noise_level: float | None = None,
+    ref_velocity: Tensor | None = None,
+    beta: float = 0.0,
+    kl: str = "gaussian",
+    log_prob: str = "gaussian",
+    clip_range: float = 1e-4,
+    advantage_clip: float | None = 5.0,
+    sigma_max: float | Tensor | None = None,
+    velocity_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    normalizer: float | Tensor | None = None,
+    impl: str = "auto",
+) -> GRPOLoss:
+    """See `uae_kernels.flow_grpo_loss`; differentiable in `velocity`, `velocity_uncond` and `sample`."""
+    check_impl("flow_grpo_loss", impl)
+    check_step("flow_grpo_loss", velocity, sample, kind, noise_level, velocity_uncond, log_prob)
+    check_loss(sample, next_sample, old_log_prob, advantages, kind, noise_level, ref_velocity, beta, kl)
+    noise_level = NOISE_LEVEL[kind] if noise_level is None else noise_level
+    sigmas = (
+        per_sample(sigma, sample),
+        per_sample(sigma_next, sample),
+        per_sample(sigma_next if sigma_max is None else sigma_max, sample),
+    )
+    dtype = compute_dtype(velocity, sample)
+    v = guided(velocity, velocity_uncond, guidance_scale, dtype)
+    mean, std, s = transition(v, sample.to(dtype), *sigmas, kind, noise_level)
+    logp = log_density(next_sample.detach().to(mean.dtype), mean, std, log_prob)
+
+    a = advantages.detach().to(mean.dtype)
+    if advantage_clip is not None:
+        a = a.clamp(-advantage_clip, advantage_clip)
+    # L = max(−A·r, −A·clip(r, 1 ± c)), r = exp(log π − log π_old)
+    log_ratio = logp - old_log_prob.detach().to(mean.dtype)
+    ratio = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+    per_token = torch.maximum(-a * ratio, -a * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+    divergence = torch.zeros_like(logp)
+    if ref_velocity is not None:
+        v_uncond = None if velocity_uncond is None else velocity_uncond.detach()
+        v_ref = guided(ref_velocity.detach(), v_uncond, guidance_scale, dtype)
+        if kl == "velocity":
+            divergence = _mean_square(v - v_ref)
+        else:
+            # KL(N(μ, std²)‖N(μ_ref, std²)) = (μ − μ_ref)²/(2·std²); Flow-GRPO's code leaves −dt out of std²
+            mean_ref, _, _ = transition(v_ref, sample.detach().to(dtype), *sigmas, kind, noise_level)
+            width = (std if kl == "gaussian" else s).flatten()
+            exact = width == 0
+            divergence = _mean_square(mean - mean_ref) / (2 * torch.where(exact, 1, width).square())
+            divergence = torch.where(exact, 0, divergence)
+        per_token = per_token + beta * divergence
+
+    count = sample.shape[0] if normalizer is None else normalizer
+    loss = per_token.sum() / (count.to(ratio.dtype) if isinstance(count, Tensor) else count)
+    with torch.no_grad():
+        values = (
+            divergence.mean(),
+            ratio.mean(),
+            ratio.amax(),
+            ((ratio < 1 - clip_range) & (a < 0)).to(a.dtype).mean(),
+            ((ratio > 1 + clip_range) & (a > 0)).to(a.dtype).mean(),
+        )
+    return GRPOLoss(loss, dict(zip(METRICS, values, strict=True)), per_token, logp.detach())
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """(B, ...) -> (B,)."""
+    return row_sum(x.square().flatten(1)) / x[0].numel()
+
+
+def check_loss(
+    sample: Tensor,
+    next_sample: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    kind: str,
+    noise_level: float | None,
+    ref_velocity: Tensor | None,
+    beta: float,
+    kl: str,
+) -> None:
+    op = "flow_grpo_loss"
+    check_choice(op, "kl", kl, ("gaussian", "flow_grpo", "velocity"))
+    if kind == "ode" or noise_level == 0:
+        raise ValueError(f"{op}: a deterministic step has no log-probability; use noise_level > 0")
+    for name, value in (("next_sample", next_sample), ("ref_velocity", ref_velocity)):
+        if value is not None and value.shape != sample.shape:
+            raise ValueError(f"{op}: {name} must be {tuple(sample.shape)}, got {tuple(value.shape)}")
+    for name, value in (("old_log_prob", old_log_prob), ("advantages", advantages)):
+        if value.shape != sample.shape[:1]:
+            raise ValueError(f"{op}: {name} must be ({sample.shape[0]},), got {tuple(value.shape)}")
+    if ref_velocity is None and beta != 0.0:
+        raise ValueError(f"{op}: beta needs ref_velocity")

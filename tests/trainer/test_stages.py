@@ -1,0 +1,133 @@
+"""The stages' promises: exact first ratios, shares that add up, gradients where they belong."""
+
+import pytest
+import torch
+
+from uae_fast.data import ImageFolder
+from uae_fast.models.loading import load_models
+from uae_fast.trainer import STAGES
+
+BOTH_WAYS = ["full", "lora"]
+
+
+def build(number, config):
+    models = load_models(config)
+    models.encoder.freeze_reader()
+    return STAGES[number](config, models)
+
+
+def examples(config, number):
+    data = ImageFolder(config.data.train, "data.train")
+    return data.batch(0, getattr(config, f"stage{number}").images, config.seed, f"stage{number}")
+
+
+def gradients(stage, rollout, parameters, micro_batch):
+    for parameter in parameters:
+        parameter.grad = None
+    total = 0.0
+    for start in range(0, len(rollout), micro_batch):
+        loss, _ = stage.loss(rollout, slice(start, start + micro_batch))
+        loss.backward()
+        total += loss.item()
+    return total, [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in parameters]
+
+
+def parameters_of(stage):
+    return [parameter for group in stage.groups() for parameter in group["params"]]
+
+
+@pytest.mark.parametrize("mode", BOTH_WAYS)
+@pytest.mark.parametrize("number", [2, 3])
+def test_the_first_ratio_is_exactly_one(world, small_config, number, mode):
+    """Against log-probs stored by the rollout, in two micro-batches; the second update's ratio is not."""
+    config = small_config(
+        world, f"models.encoder={mode}", f"models.decoder={mode}", f"stage{number}.micro_batch=4", "stage3.kind=cps"
+    )
+    stage = build(number, config)
+    parameters = parameters_of(stage)
+    rollout = stage.rollout(examples(config, number), 0)
+    for start in range(0, len(rollout), 4):
+        _, metrics = stage.loss(rollout, slice(start, start + 4))
+        assert metrics["ratio/mean"].item() == metrics["ratio/max"].item() == 1.0
+        assert metrics["clip_ratio/low"].item() == metrics["clip_ratio/high"].item() == 0.0
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    assert stage.loss(rollout, slice(0, 4))[1]["ratio/mean"].item() != 1.0
+
+
+@pytest.mark.parametrize("number, option", [(0, ""), (1, "stage1.context=caption"), (1, "stage1.context=image")]
+                         + [(2, f"stage2.loss_type={name}") for name in ("grpo", "dapo", "bnpo", "dr_grpo")]
+                         + [(3, "stage3.beta=0.1")])  # fmt: skip
+def test_micro_batches_add_up(world, small_config, number, option):
+    config = small_config(world, *filter(None, [option]), f"stage{number}.micro_batch=4")
+    stage = build(number, config)
+    parameters = parameters_of(stage)
+    rollout = stage.rollout(examples(config, number), 0)
+    whole = 8 if number == 3 else len(rollout)
+    stage.settings.micro_batch = whole
+    expected_loss, expected = gradients(stage, rollout, parameters, whole)
+    stage.settings.micro_batch = 4 if whole > 4 else 2
+    loss, found = gradients(stage, rollout, parameters, stage.settings.micro_batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-6)
+    scale = max(gradient.abs().max().item() for gradient in expected)
+    assert scale > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() < 2e-4 * scale
+
+
+@pytest.mark.parametrize("mode", BOTH_WAYS)
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_gradients_reach_what_trains_and_nothing_else(world, small_config, number, mode):
+    config = small_config(world, f"models.encoder={mode}", f"models.decoder={mode}")
+    stage = build(number, config)
+    stage.models.freeze()
+    parameters = parameters_of(stage)
+    rollout = stage.rollout(examples(config, number), 0)
+    gradients(stage, rollout, parameters, stage.settings.micro_batch)
+    assert sum(p.grad is not None and p.grad.abs().max() > 0 for p in parameters) >= len(parameters) // 3
+    ours = {id(p) for p in parameters}
+    models = stage.models
+    parts = (models.encoder, models.projector, models.decoder, models.reward)
+    others = [p for part in parts for p in part.parameters()]
+    assert all(p.grad is None for p in others if id(p) not in ours)
+    trained = {
+        "encoder": any(id(p) in ours for p in models.encoder.parameters()),
+        "projector": any(id(p) in ours for p in models.projector.parameters()),
+        "decoder": any(id(p) in ours for p in models.decoder.parameters()),
+    }
+    assert tuple(name for name, trains in trained.items() if trains) == stage.trains
+
+
+def test_captions_of_one_image_share_their_noise(world, small_config):
+    """One caption said twice gets one reward: nothing but the caption decides."""
+    config = small_config(world, "stage2.temperature=1e-4")
+    stage = build(2, config)
+    rollout = stage.rollout(examples(config, 2), 0)
+    assert rollout.metrics["frac_reward_zero_std"].item() == 1.0
+    assert rollout.advantages.abs().max().item() == 0.0
+
+
+def test_a_step_is_the_same_again_and_another_step_is_not(world, small_config):
+    config = small_config(world)
+    for number, field in ((2, "old_logprobs"), (3, "advantages")):
+        stage = build(number, config)
+        batch = examples(config, number)
+        first, again, other = (stage.rollout(batch, step) for step in (0, 0, 1))
+        assert torch.equal(getattr(first, field), getattr(again, field))
+        assert getattr(first, field).shape != getattr(other, field).shape or not torch.equal(
+            getattr(first, field), getattr(other, field)
+        )
+
+
+def test_gradients_run_through_the_last_steps_of_the_sampler_only(world, small_config):
+    norms = []
+    for last in (1, 8):
+        config = small_config(world, f"stage1.backprop_last_steps={last}")
+        stage = build(1, config)
+        rollout = stage.rollout(examples(config, 1), 0)
+        loss, found = gradients(stage, rollout, parameters_of(stage), 4)
+        norms.append((loss, sum(g.square().sum().item() for g in found) ** 0.5))
+    assert norms[0][0] == pytest.approx(norms[1][0], abs=1e-5)  # the same images
+    assert norms[0][1] != pytest.approx(norms[1][1], rel=0.01)

@@ -1,0 +1,381 @@
+"""The command `uae-fast`. Commands import the heavy libraries they need, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .config import Config
+    from .models import Models
+
+MOMENTS = ("before", "stage0", "stage1", "stage2", "stage3")
+USER_MISTAKE, STOPPED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 1 for a failure, 2 for a user's mistake, 130 after Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    from .config import ConfigError
+
+    try:
+        return arguments.function(arguments) or 0
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return USER_MISTAKE
+    except KeyboardInterrupt:
+        return STOPPED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="uae-fast", description="Train a model that describes images and a model that redraws them."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, function, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.set_defaults(function=function)
+        return added
+
+    config_help = "a YAML file, or a preset's name (see: uae-fast configs)"
+    train = command("train", run_train, "run the stages of a configuration")
+    train.add_argument("config", metavar="CONFIG", help=config_help)
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, e.g. stage2.lr=1e-5")
+    train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+
+    check = command("check", run_check, "check a configuration and show what a step of it is made of")
+    check.add_argument("config", metavar="CONFIG", help=config_help)
+    check.add_argument("overrides", nargs="*", metavar="key=value")
+
+    configs = command("configs", run_configs, "list the presets, or copy one to edit")
+    configs.add_argument("action", nargs="?", choices=("list", "copy"), default="list")
+    configs.add_argument("name", nargs="?", help="the preset to copy into this folder")
+
+    caption = command("caption", run_caption, "write captions of images")
+    caption.add_argument("images", nargs="+", type=Path, metavar="IMAGE|DIR")
+    caption.add_argument("--jsonl", metavar="FILE", help="write {file, caption} lines into FILE (- for the screen)")
+    reconstruct = command("reconstruct", run_reconstruct, "caption images, redraw them, and show both side by side")
+    reconstruct.add_argument("images", nargs="+", type=Path, metavar="IMAGE|DIR")
+    reconstruct.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="default: %(default)s")
+    generate = command("generate", run_generate, "draw an image from a text")
+    generate.add_argument("text", metavar="TEXT")
+    generate.add_argument("--out", type=Path, default=Path("generated.png"), help="default: %(default)s")
+    for added in (caption, reconstruct, generate):
+        added.add_argument("--run", type=Path, help="a run's folder; without one, the weights in the package")
+        added.add_argument("--at", choices=MOMENTS, help="which moment of the run; its last one unless given")
+        added.add_argument("--seed", type=int, default=0, help="of captions and drawings (default: 0)")
+
+    report = command("report", run_report, "write a run's report.html")
+    report.add_argument("run", type=Path, metavar="RUN")
+    command("env", run_env, "print versions and hardware")
+
+    tiny = command("tiny", None, "the small world that ships with the package")
+    actions = tiny.add_subparsers(metavar="ACTION", required=True)
+    export = actions.add_parser("export", help="write scenes as PNG files with captions.jsonl")
+    export.set_defaults(function=run_tiny_export)
+    export.add_argument("folder", type=Path, metavar="DIR")
+    export.add_argument("--split", choices=("train", "heldout"), default="train")
+    export.add_argument("--count", type=int, default=1024)
+    export.add_argument("--seed", type=int, default=0)
+    pretrain = actions.add_parser("pretrain", help="train the small weights anew (an hour on two cores)")
+    pretrain.set_defaults(function=run_tiny_pretrain)
+    pretrain.add_argument("--out", type=Path, default=Path("tiny-weights"))
+    pretrain.add_argument(
+        "--work", type=Path, default=Path(".pretrain"), help="where interrupted training goes on from"
+    )
+    return parser
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    from .config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    quiet_libraries()
+    from .trainer import Interrupted, train
+
+    try:
+        folder = train(config, resume=arguments.resume)
+    except Interrupted as stopped:
+        print(stopped)
+        return STOPPED
+    print_summary(json.loads((folder / "summary.json").read_text()))
+    print(f"\nopen {folder / 'report.html'}")
+    return 0
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    from rich import print as show
+    from rich.table import Table
+
+    from .config import load_config
+    from .models.loading import models_folder
+
+    config = load_config(arguments.config, arguments.overrides)
+    models_folder(config)
+    table = Table("stage", "steps", "images", "× group", "= samples", "in micro-batches of", "optimiser steps")
+    for number in config.stages:
+        stage = getattr(config, f"stage{number}")
+        group, updates = getattr(stage, "group_size", 1), getattr(stage, "updates", 1)
+        samples = stage.images * group
+        passes = f"{stage.micro_batch} ({samples // stage.micro_batch})"
+        if number == 3:
+            passes += f", at {stage.window} sampler steps"
+        row = (number, stage.steps, stage.images, group, samples, passes, stage.steps * updates)
+        table.add_row(*map(str, row))
+    show(table)
+    show(f"renders: {config.render.steps} steps at {config.data.resolution}², {config.render.batch} at once")
+    for key in ("train", "heldout"):
+        folder = Path(getattr(config.data, key))
+        if not folder.is_dir():
+            show(f"data.{key}: {folder} is not there yet")
+    show("the configuration is sound")
+    return 0
+
+
+def run_configs(arguments: argparse.Namespace) -> int:
+    from .config import PRESETS, ConfigError, find_config, preset_names
+
+    if arguments.action == "list":
+        for name in preset_names():
+            first_line = (PRESETS / f"{name}.yaml").read_text().splitlines()[0]
+            print(f"{name:<12} {first_line.removeprefix('# ')}")
+        return 0
+    if arguments.name is None:
+        raise ConfigError([f"configs copy: name a preset: {', '.join(preset_names())}"])
+    target = Path(f"{arguments.name}.yaml")
+    if target.exists():
+        raise ConfigError([f"configs copy: {target} exists already"])
+    target.write_text(find_config(arguments.name).read_text())
+    print(f"wrote {target}; run it with: uae-fast train {target}")
+    return 0
+
+
+def run_caption(arguments: argparse.Namespace) -> int:
+    config, models = open_models(arguments)
+    lines = []
+    for path, caption in zip(*caption_images(arguments, config, models)[::2], strict=True):
+        lines.append(json.dumps({"file": path.name, "caption": caption}) if arguments.jsonl else f"{path}: {caption}")
+    if arguments.jsonl in (None, "-"):
+        print("\n".join(lines))
+    else:
+        Path(arguments.jsonl).write_text("\n".join(lines) + "\n")
+    return 0
+
+
+def run_reconstruct(arguments: argparse.Namespace) -> int:
+    from .evaluate.heldout import to_image
+
+    config, models = open_models(arguments)
+    paths, images, captions = caption_images(arguments, config, models)
+    drawn = draw(captions, [arguments.seed] * len(captions), config, models)
+    rewards = models.reward(drawn, models.reward.embed_sources(images)).tolist()
+    rows = list(zip(images, map(to_image, drawn), captions, rewards, strict=True))
+    side_by_side(rows).save(arguments.out)
+    for path, caption, reward in zip(paths, captions, rewards, strict=True):
+        print(f"{path}: {caption}  (reward {reward:.3f})")
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    from .evaluate.heldout import to_image
+
+    config, models = open_models(arguments)
+    to_image(draw([arguments.text], [arguments.seed], config, models)[0]).save(arguments.out)
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    from .config import ConfigError
+    from .report import write_report
+
+    try:
+        print(f"wrote {write_report(arguments.run)}")
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    return 0
+
+
+def run_env(arguments: argparse.Namespace) -> int:
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
+    names = ("uae-fast", "uae-kernels", "torch", "triton", "transformers", "diffusers", "peft", "accelerate")
+    for name in (*names, "bitsandbytes", "safetensors", "omegaconf", "flash-attn", "xformers"):
+        try:
+            print(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            print(f"{name} not installed")
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        print(f"GPU {i}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
+    if not torch.cuda.is_available():
+        print("GPU none")
+    return 0
+
+
+def run_tiny_export(arguments: argparse.Namespace) -> int:
+    from .config import ConfigError
+    from .tiny.export import export
+
+    try:
+        export(arguments.folder, arguments.split, arguments.count, arguments.seed)
+    except ValueError as error:
+        raise ConfigError([f"tiny export: {error}"]) from None
+    print(f"wrote {arguments.count} scenes of the {arguments.split} split into {arguments.folder}")
+    return 0
+
+
+def run_tiny_pretrain(arguments: argparse.Namespace) -> int:
+    quiet_libraries()
+    from .tiny.pretrain import pretrain
+
+    pretrain(arguments.out, arguments.work)
+    return 0
+
+
+def open_models(arguments: argparse.Namespace) -> tuple[Config, Models]:
+    """Configuration and networks of `--run` at `--at`, or those of the package."""
+    quiet_libraries()
+    from .config import ConfigError, load_config
+    from .models.loading import load_models, load_run
+
+    if arguments.run is not None:
+        return load_run(arguments.run, arguments.at)
+    if arguments.at not in (None, "before"):
+        raise ConfigError([f"--at {arguments.at}: name the run with --run"])
+    config = load_config("tiny")
+    return config, load_models(config)
+
+
+def caption_images(
+    arguments: argparse.Namespace, config: Config, models: Models
+) -> tuple[list[Path], list[Image.Image], list[str]]:
+    """Paths, images and captions of the files and folders given; unreadable files are named and left out."""
+    from .config import ConfigError
+    from .data import SUFFIXES, load_image
+    from .rollout.captions import sample_captions
+    from .seeds import derive_seed
+
+    paths: list[Path] = []
+    for path in arguments.images:
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        paths += inside
+    images, readable = [], []
+    for path in paths:
+        try:
+            images.append(load_image(path))
+            readable.append(path)
+        except Exception as error:  # whatever a decoder raises on a broken file
+            print(f"skipped {path}: {error}", file=sys.stderr)
+    if not images:
+        raise ConfigError(["no readable image among " + ", ".join(map(str, arguments.images))])
+    captions: list[str] = []
+    for start in range(0, len(images), config.render.batch):
+        chunk = slice(start, start + config.render.batch)
+        captions += sample_captions(
+            models.encoder,
+            models.encoder.prompt(images[chunk]),
+            [derive_seed(arguments.seed, "caption", path.name) for path in readable[chunk]],
+            temperature=config.caption.temperature,
+            max_new_tokens=config.caption.max_new_tokens,
+        ).texts
+    return readable, images, captions
+
+
+def draw(captions: list[str], seeds: list[int], config: Config, models: Models):
+    """Images (B, 3, H, W) drawn from captions."""
+    import torch
+
+    from .rollout.renders import render, render_guidance
+    from .seeds import derive_seed
+
+    with torch.no_grad():
+        return render(
+            models.decoder,
+            models.condition(captions),
+            [derive_seed(seed, "draw") for seed in seeds],
+            resolution=config.data.resolution,
+            steps=config.render.steps,
+            batch=config.render.batch,
+            guidance=render_guidance(config, models),
+        )
+
+
+def side_by_side(rows: list[tuple[Image.Image, Image.Image, str, float]], panel: int = 256) -> Image.Image:
+    """One picture: a row for each (source, reconstruction, caption, reward)."""
+    import textwrap
+
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+    font, gap = ImageFont.load_default(15), 16
+    captions = [textwrap.wrap(f"{caption}  (reward {reward:.3f})", 68) for _, _, caption, reward in rows]
+    heights = [panel + gap + 20 * len(lines) + gap for lines in captions]
+    sheet = Image.new("RGB", (2 * panel + 3 * gap, sum(heights) + gap), "white")
+    pen, top = ImageDraw.Draw(sheet), gap
+    for (source, drawn, _, _), lines, height in zip(rows, captions, heights, strict=True):
+        for column, image in enumerate((source, drawn)):
+            method = Image.Resampling.NEAREST if max(image.size) < panel else Image.Resampling.LANCZOS
+            shown = ImageOps.contain(image, (panel, panel), method)
+            sheet.paste(shown, (gap + column * (panel + gap) + (panel - shown.width) // 2, top))
+        pen.text((gap, top + panel + 6), "\n".join(lines), "black", font)
+        top += height
+    return sheet
+
+
+def print_summary(summary: dict) -> None:
+    """The moments of a run as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def number(value: float | None, digits: int = 3) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    title = f"held-out images, {summary['minutes']:.1f} minutes"
+    table = Table("", "reward", "± of the gain", "recall", "precision", "caption tokens", "accuracy", title=title)
+    for moment in MOMENTS:
+        if moment in summary:
+            m = summary[moment]
+            table.add_row(
+                moment if moment == "before" else f"after {moment}",
+                f"{number(m['reward'])} ± {number(m['reward_stderr'])}",
+                number(m["reward_gain_stderr"], 4),
+                number(m["attribute_recall"]),
+                number(m["attribute_precision"]),
+                number(m["caption_tokens"], 1),
+                number(m["accuracy"]),
+            )
+    if summary["ceiling"]:
+        ceiling = summary["ceiling"]
+        table.add_row("ceiling", number(ceiling["reward"]), "", "", "", "", number(ceiling["accuracy"]))
+    Console().print(table)
+
+
+def quiet_libraries() -> None:
+    """Turns off the libraries' own progress bars and advice; their errors still show."""
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Held-out images before and after each stage: image → caption → image, and how much survives."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..config import Config
+from ..data import Example, ImageFolder
+from ..logging import ProgressLine
+from ..models import Models
+from ..models.loading import models_folder
+from ..rollout.captions import sample_captions
+from ..rollout.renders import render, render_guidance
+from ..seeds import derive_seed
+from ..tiny.classifier import Classifier
+from ..tiny.scenes import caption_scores, read_scene
+
+MOMENTS = ("before", "stage0", "stage1", "stage2", "stage3")
+
+
+class Evaluator:
+    """Measures a run on its held-out images, always the same ones with the same noise.
+
+    Every moment leaves ``samples/MOMENT/scores.jsonl``, a row an image, and the reconstructions of the first few. What
+    the images' `captions.jsonl` does not tell (attributes, complete captions) is left null.
+    """
+
+    def __init__(self, config: Config, models: Models, data: ImageFolder, folder: Path):
+        self.config, self.models, self.folder = config, models, folder
+        self.count = min(config.evaluate.images, len(data))
+        self.data = data
+        weights = models_folder(config)
+        judged = (weights / "classifier.safetensors").is_file() and data.captioned
+        self.classifier = Classifier.load(weights) if judged else None
+
+    def measure(self, moment: str) -> None:
+        """Captions, reconstructs and scores the held-out images under the name of `moment`; does so only once."""
+        self._run(moment, lambda examples: self._write_captions(examples))
+
+    def ceiling(self) -> None:
+        """The same with the complete captions of `captions.jsonl`: what a perfect writer would get."""
+        if self.data.captioned:
+            self._run("ceiling", lambda examples: [(example.caption or "", None) for example in examples])
+
+    def summary(self, minutes: float) -> dict:
+        """Writes `summary.json` from what the moments left, and returns it."""
+        rows = {moment: self.scores(moment) for moment in ("ceiling", *MOMENTS)}
+        summary: dict = {"seed": self.config.seed, "minutes": round(minutes, 2), "ceiling": None}
+        if rows["ceiling"]:
+            summary["ceiling"] = {key: _mean(rows["ceiling"], key) for key in ("reward", "accuracy")}
+        previous: list[dict] = []
+        for moment in MOMENTS:
+            if rows[moment]:
+                summary[moment] = moment_summary(rows[moment], previous)
+                previous = rows[moment]
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    def scores(self, moment: str) -> list[dict]:
+        """The rows that `measure` left for a moment; none if it has not been measured."""
+        path = self.folder / "samples" / moment / "scores.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    @torch.no_grad()
+    def _run(self, moment: str, write) -> None:
+        if self.count == 0 or self.scores(moment):
+            return
+        config, models = self.config, self.models
+        folder, sources = self.folder / "samples" / moment, self.folder / "samples" / "source"
+        for path in (folder, sources):
+            path.mkdir(parents=True, exist_ok=True)
+        rows: list[dict] = []
+        with ProgressLine(f"measuring  {moment}", self.count) as progress:
+            for start in range(0, self.count, config.render.batch):
+                examples = [self.data[i] for i in range(start, min(start + config.render.batch, self.count))]
+                captions = write(examples)
+                images = render(
+                    models.decoder,
+                    models.condition([caption for caption, _ in captions]),
+                    [derive_seed(config.seed, "heldout", "noise", example.id) for example in examples],
+                    resolution=config.data.resolution,
+                    steps=config.render.steps,
+                    batch=config.render.batch,
+                    guidance=render_guidance(config, models),
+                )
+                rewards = models.reward(images, models.reward.embed_sources([e.image for e in examples])).tolist()
+                accuracies = self._accuracies(images, examples)
+                for i, example in enumerate(examples):
+                    if len(rows) < config.evaluate.gallery:
+                        name = f"{Path(example.file).stem}.png"
+                        to_image(images[i]).save(folder / name)
+                        example.image.save(sources / name)
+                    caption, tokens = captions[i]
+                    rows.append(score(example, caption, tokens, rewards[i], accuracies[i]))
+                progress.advance(len(examples), f"reward {_mean(rows, 'reward'):.3f}")
+        temporary = folder / "scores.jsonl.part"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(folder / "scores.jsonl")
+
+    def _write_captions(self, examples: list[Example]) -> list[tuple[str, int | None]]:
+        config = self.config
+        captions = sample_captions(
+            self.models.encoder,
+            self.models.encoder.prompt([example.image for example in examples]),
+            [derive_seed(config.seed, "heldout", "caption", example.id) for example in examples],
+            temperature=config.caption.temperature,
+            max_new_tokens=config.caption.max_new_tokens,
+        )
+        return list(zip(captions.texts, captions.mask.sum(1).tolist(), strict=True))
+
+    def _accuracies(self, images: Tensor, examples: list[Example]) -> list[float | None]:
+        if self.classifier is None:
+            return [None] * len(examples)
+        scenes = [read_scene(example.caption or "") for example in examples]
+        return self.classifier.accuracy(images.cpu(), scenes).tolist()
+
+
+def score(example: Example, caption: str, tokens: int | None, reward: float, accuracy: float | None) -> dict:
+    """One image's row of `scores.jsonl`."""
+    recall, precision = caption_scores(caption, example.attributes) if example.attributes else (None, None)
+    return {
+        "file": example.file,
+        "caption": caption,
+        "reward": reward,
+        "tokens": tokens,
+        "recall": recall,
+        "precision": precision,
+        "accuracy": accuracy,
+    }
+
+
+def moment_summary(rows: list[dict], previous: list[dict]) -> dict:
+    """A moment's entry in `summary.json`; gains are paired over images with the moment before."""
+    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
+    gains = rewards - torch.tensor([row["reward"] for row in previous], dtype=torch.float64) if previous else None
+    return {
+        "reward": rewards.mean().item(),
+        "reward_stderr": _stderr(rewards),
+        "reward_gain_stderr": None if gains is None else _stderr(gains),
+        "attribute_recall": _mean(rows, "recall"),
+        "attribute_precision": _mean(rows, "precision"),
+        "caption_tokens": _mean(rows, "tokens"),
+        "accuracy": _mean(rows, "accuracy"),
+    }
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """A tensor (3, H, W) in [0, 1] as an RGB image."""
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def _mean(rows: list[dict], key: str) -> float | None:
+    values = [row[key] for row in rows if row[key] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _stderr(values: Tensor) -> float | None:
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None

@@ -1,0 +1,42 @@
+"""The four networks of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .decoder import Decoder
+from .encoder import Encoder
+from .projector import Projector
+from .reward import Reward
+
+
+@dataclass
+class Models:
+    """Encoder, projector, decoder and reward of a run."""
+
+    encoder: Encoder
+    projector: Projector
+    decoder: Decoder
+    reward: Reward
+    reader: str = "reader"
+    """Who re-reads captions: "reader" (`condition.adapter: frozen`) or "policy" (`live`)."""
+
+    def condition(self, captions: Sequence[str], role: str | None = None) -> Tensor:
+        """The decoder's context (B, L, D) for captions, re-read by `role` (by `self.reader` unless given)."""
+        return self.projector(*self.encoder.read(captions, role or self.reader))
+
+    def freeze(self) -> None:
+        """Nothing trains."""
+        for part in (self.encoder, self.decoder):
+            part.freeze()
+        self.projector.requires_grad_(False)
+
+    def to(self, device: torch.device) -> Models:
+        """Moves every network."""
+        for part in (self.encoder, self.projector, self.decoder, self.reward):
+            part.to(device)
+        return self

@@ -1,0 +1,274 @@
+"""The encoder: Qwen2.5-VL writes captions of images, and re-reads captions as conditions for the decoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+READER = "reader"  # the name of the adapter that re-reads captions; the policy's is "default"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The caption prompt of B images, ready for the language model.
+
+    Attributes:
+        ids: (B, P) token ids, padded on the left; image placeholders already expanded.
+        mask: (B, P) bool, False at padding.
+        positions: (3, B, P) multimodal rotary positions.
+        features: B tensors (image tokens, H) from the vision tower.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    features: tuple[Tensor, ...]
+
+    def repeat(self, times: int) -> Prompt:
+        """Every prompt `times` times in a row: (B·times, P)."""
+        return Prompt(
+            self.ids.repeat_interleave(times, 0),
+            self.mask.repeat_interleave(times, 0),
+            self.positions.repeat_interleave(times, 1),
+            tuple(feature for feature in self.features for _ in range(times)),
+        )
+
+    def rows(self, rows: slice) -> Prompt:
+        """The prompts of some rows."""
+        return replace(
+            self,
+            ids=self.ids[rows],
+            mask=self.mask[rows],
+            positions=self.positions[:, rows],
+            features=self.features[rows],
+        )
+
+
+class Encoder(nn.Module):
+    """Qwen2.5-VL in its three parts of a run.
+
+    * ``policy`` writes captions and is trained in stages 1 and 2.
+    * ``reader`` re-reads captions into conditions: the policy as it was when the decoder was last trained (METHOD §2,
+      ``condition.adapter: frozen``).
+    * ``reference`` is what the KL term pulls the policy towards.
+
+    With LoRA the three share their weights: reader and policy have an adapter each, the reference has none. When the
+    language model trains in full, reader and reference are one frozen copy of it. The vision tower and the LM head
+    never train.
+
+    Args:
+        model: a `Qwen2_5_VLForConditionalGeneration`.
+        tokenizer: its tokenizer, with a chat template that knows the role "generate".
+        image_processor: its (PIL) image processor.
+        caption_prompt: the user's words, put before the image.
+        condition_length: number of positions of a condition; re-read captions are cut or padded to it.
+    """
+
+    model: Any
+
+    def __init__(self, model, tokenizer, image_processor, *, caption_prompt: str, condition_length: int):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.condition_length = condition_length
+        self.reader_copy: Any = None
+        self.adapters: Any = None  # the PeftModel around self.model
+        self.requires_grad_(False).eval()
+
+        user_turn = [{"type": "text", "text": caption_prompt}, {"type": "image"}]
+        self._prompt_text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": user_turn}], tokenize=False, add_generation_prompt=True
+        )
+        marker = "\x00"
+        frame = tokenizer.apply_chat_template(
+            [{"role": "generate", "content": marker}], tokenize=False, add_generation_prompt=True
+        )
+        before, after = frame.split(marker)
+        self._read_prefix = tokenizer(before, add_special_tokens=False)["input_ids"]
+        self._read_suffix = tokenizer(after, add_special_tokens=False)["input_ids"]
+        if len(self._read_prefix) + len(self._read_suffix) >= condition_length:
+            raise ValueError(
+                f"condition.length is {condition_length}; the chat template alone takes "
+                f"{len(self._read_prefix) + len(self._read_suffix)} positions"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def head(self) -> nn.Linear:
+        """The frozen LM head: weight (V, H), no bias."""
+        return self.model.lm_head
+
+    @property
+    def eos_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def suppressed_ids(self) -> list[int]:
+        """Ids never sampled in a caption: every special token but the end of the turn."""
+        return [i for i in self.tokenizer.all_special_ids if i != self.eos_id]
+
+    def words(self, caption: str) -> list[int]:
+        """A caption's token ids. Special-token text in it is read as plain words, or left out where it cannot be."""
+        ids = self.tokenizer(caption.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        return [i for i in ids if i not in special]
+
+    def answers(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Given captions as a policy would have written them: ids and mask (B, T), each with its end of turn."""
+        rows = [[*self.words(caption), self.eos_id] for caption in captions]
+        return self._pad(rows, max(map(len, rows)))
+
+    def _pad(self, rows: Sequence[list[int]], length: int) -> tuple[Tensor, Tensor]:
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=self.device)
+        lengths = torch.tensor([[len(row)] for row in rows], device=self.device)
+        return ids, torch.arange(length, device=self.device) < lengths
+
+    # ---- what trains ------------------------------------------------------------------------------------------------
+
+    def prepare_training(self, mode: str, rank: int, alpha: int) -> None:
+        """Decides what may train: "lora" adds an adapter on all linear layers of the language model, "full" nothing."""
+        if mode == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+            self.adapters = get_peft_model(self.model, config)
+            self.adapters.requires_grad_(False)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Makes the policy trainable and returns its parameters: the adapter's, or the language model's layers."""
+        if self.adapters is not None:
+            parameters = [p for name, p in self.adapters.named_parameters() if ".default." in name]
+        else:
+            language_model = self.model.model.language_model
+            parameters = [*language_model.layers.parameters(), *language_model.norm.parameters()]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return parameters
+
+    def freeze(self) -> None:
+        """Nothing of the encoder trains."""
+        self.model.requires_grad_(False)
+
+    def freeze_reader(self) -> None:
+        """From now on captions are re-read with the policy's present weights, whatever is trained later."""
+        if self.adapters is None:
+            self.reader_copy = copy.deepcopy(self.model.model.language_model).requires_grad_(False)
+            return
+        if READER not in self.adapters.peft_config:
+            self.adapters.add_adapter(READER, self.adapters.peft_config["default"])
+        weights = dict(self.adapters.named_parameters())
+        for name, parameter in weights.items():
+            if f".{READER}." in name:
+                parameter.requires_grad_(False)
+                parameter.data.copy_(weights[name.replace(f".{READER}.", ".default.")].data)
+
+    @contextmanager
+    def acting_as(self, role: str) -> Iterator[Any]:
+        """Gives the language model of `role`: "policy", "reader" or "reference"."""
+        language_model = self.model.model.language_model
+        if role == "policy":
+            yield language_model
+        elif self.adapters is None:
+            yield self.reader_copy if self.reader_copy is not None else language_model
+        elif role == "reader" and READER in self.adapters.peft_config:
+            trains = [p for p in self.adapters.parameters() if p.requires_grad]  # set_adapter resets requires_grad
+            self.adapters.set_adapter(READER)
+            try:
+                yield language_model
+            finally:
+                self.adapters.set_adapter("default")
+                self.adapters.requires_grad_(False)
+                for parameter in trains:
+                    parameter.requires_grad_(True)
+        else:
+            with self.adapters.disable_adapter():
+                yield language_model
+
+    # ---- writing ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prompt(self, images: Sequence[Image.Image]) -> Prompt:
+        """Runs the vision tower once over B images and lays out their caption prompts."""
+        pixels = self.image_processor(list(images), return_tensors="pt").to(self.device)
+        grid = pixels["image_grid_thw"]
+        features = self.model.model.get_image_features(pixels["pixel_values"], grid).pooler_output
+        image_token = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
+        texts = [self._prompt_text.replace(image_token, image_token * len(feature)) for feature in features]
+        tokens = self.tokenizer(
+            texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        ).to(self.device)
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        types = (ids == self.model.config.image_token_id).int()
+        positions, _ = self.model.model.get_rope_index(ids, types, image_grid_thw=grid, attention_mask=mask)
+        return Prompt(ids, mask.bool(), positions, tuple(features))
+
+    def embed(self, prompt: Prompt) -> Tensor:
+        """Input embeddings (B, P, H) of a prompt, image features in their places."""
+        embeds = self.model.get_input_embeddings()(prompt.ids)
+        places = (prompt.ids == self.model.config.image_token_id).unsqueeze(-1)
+        return embeds.masked_scatter(places, torch.cat(prompt.features).to(embeds.dtype))
+
+    def caption_states(self, prompt: Prompt, caption_ids: Tensor, caption_mask: Tensor, role: str = "policy") -> Tensor:
+        """Last hidden states (B, T, H) from which the caption's T tokens are predicted.
+
+        Args:
+            prompt: the images' prompts, B rows.
+            caption_ids: (B, T) sampled or given tokens, the end of turn included, padded on the right.
+            caption_mask: (B, T) bool, True at the caption's tokens.
+            role: whose language model: "policy" or "reference".
+        """
+        states = self._prompted_states(prompt, caption_ids, caption_mask, role)
+        start = prompt.ids.shape[1] - 1
+        return states[:, start : start + caption_ids.shape[1]]
+
+    def answer_states(self, prompt: Prompt, caption_ids: Tensor, caption_mask: Tensor) -> Tensor:
+        """The policy's last hidden states (B, T, H) *at* the caption's tokens, with the image in sight."""
+        return self._prompted_states(prompt, caption_ids, caption_mask, "policy")[:, prompt.ids.shape[1] :]
+
+    def _prompted_states(self, prompt: Prompt, caption_ids: Tensor, caption_mask: Tensor, role: str) -> Tensor:
+        caption_embeds = self.model.get_input_embeddings()(caption_ids)
+        with self.acting_as(role) as language_model:
+            return language_model(
+                inputs_embeds=torch.cat([self.embed(prompt), caption_embeds], 1),
+                attention_mask=torch.cat([prompt.mask, caption_mask], 1).long(),
+                position_ids=torch.cat([prompt.positions, self.caption_positions(prompt, caption_ids.shape[1])], 2),
+                use_cache=False,
+            ).last_hidden_state
+
+    def caption_positions(self, prompt: Prompt, length: int) -> Tensor:
+        """Rotary positions (3, B, length) of the tokens after a prompt: they go on from its largest."""
+        start = prompt.positions.amax((0, 2)) + 1  # (B,)
+        steps = torch.arange(length, device=start.device)
+        return (start[:, None] + steps).expand(3, -1, -1)
+
+    # ---- re-reading -------------------------------------------------------------------------------------------------
+
+    def read(self, captions: Sequence[str], role: str = "reader") -> tuple[Tensor, Tensor]:
+        """Re-reads captions in the role "generate".
+
+        A caption too long for `condition_length` loses its end, never the template around it.
+
+        Returns:
+            states (B, condition_length, H) and mask (B, condition_length), True at tokens of template and caption.
+        """
+        room = self.condition_length - len(self._read_prefix) - len(self._read_suffix)
+        rows = [self._read_prefix + self.words(caption)[:room] + self._read_suffix for caption in captions]
+        ids, mask = self._pad(rows, self.condition_length)
+        with self.acting_as(role) as language_model:
+            states = language_model(
+                inputs_embeds=self.model.get_input_embeddings()(ids), attention_mask=mask.long(), use_cache=False
+            ).last_hidden_state
+        return states, mask

@@ -1,0 +1,69 @@
+"""The stages of Unified-GRPO. Each is a class with a rollout and a loss; the loop is `trainer.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..config import Config
+from ..data import Example
+from ..models import Models
+
+Metrics = dict[str, Tensor]
+
+
+class Stage(Protocol):
+    """What the loop needs of a stage."""
+
+    name: str
+    title: str
+    trains: tuple[str, ...]
+    """Of "encoder", "projector" and "decoder"."""
+    needs_captions: bool
+    """Whether `captions.jsonl` must give every training image a caption."""
+    reads_as_policy: bool
+    """Whether captions are re-read by the policy, not by the frozen reader."""
+    models: Models
+    settings: Any
+    """The stage's part of the configuration: steps, images, micro_batch."""
+
+    def __init__(self, config: Config, models: Models): ...
+
+    def groups(self) -> list[dict]:
+        """Makes trainable what this stage trains; optimiser groups {"params", "lr"}."""
+        ...
+
+    def rollout(self, examples: Sequence[Example], step: int) -> Any:
+        """Everything of a step that needs no gradient. The result has a length (samples) and `metrics`."""
+        ...
+
+    def loss(self, rollout: Any, rows: slice) -> tuple[Tensor, Metrics]:
+        """The samples' share of the step's loss, and metrics; shares add up to the step's loss.
+
+        Metrics are 0-d tensors on the device; of several micro-batches the loop takes the mean (the largest, where the
+        name ends in "max").
+        """
+        ...
+
+
+def reward_metrics(rewards: Tensor, group_size: int) -> Metrics:
+    """Mean and spread of the rewards (B,) of groups of `group_size`, named as in TRL."""
+    groups = rewards.view(-1, group_size)
+    return {
+        "reward": rewards.mean(),
+        "reward_std": groups.std(1).mean(),
+        "frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
+    }
+
+
+def policy_metrics(metrics: Metrics) -> Metrics:
+    """The kernels' metrics under TRL's names."""
+    return {
+        "kl": metrics["kl"],
+        "ratio/mean": metrics["ratio_mean"],
+        "ratio/max": metrics["ratio_max"],
+        "clip_ratio/low": metrics["clip_fraction_low"],
+        "clip_ratio/high": metrics["clip_fraction_high"],
+    }

@@ -1,0 +1,137 @@
+"""Stage 2, Generation for Understanding: the encoder learns to write captions from which its images can be redrawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from uae_kernels import group_advantages, linear_grpo_loss, linear_logprobs
+
+from ..config import Config
+from ..data import Example
+from ..models import Models
+from ..models.encoder import Prompt
+from ..rollout.captions import Captions, sample_captions
+from ..rollout.renders import render, render_guidance
+from ..seeds import derive_seed
+from . import Metrics, policy_metrics, reward_metrics
+
+
+@dataclass
+class CaptionRollout:
+    """B = images · group_size sampled captions, their rewards, and the log-probs of the policy that wrote them."""
+
+    prompt: Prompt  # B rows
+    captions: Captions
+    advantages: Tensor  # (B,)
+    old_logprobs: Tensor  # (B, T)
+    ref_logprobs: Tensor | None  # (B, T)
+    metrics: Metrics
+
+    def __len__(self) -> int:
+        return len(self.advantages)
+
+
+class GenerationForUnderstanding:
+    """Stage 2: GRPO on captions; projector, decoder and reward are frozen (METHOD §2)."""
+
+    name, title = "stage2", "generation for understanding"
+    trains = ("encoder",)
+    needs_captions, reads_as_policy = False, False
+
+    def __init__(self, config: Config, models: Models):
+        self.config, self.models, self.settings = config, models, config.stage2
+
+    def groups(self) -> list[dict]:
+        return [{"params": self.models.encoder.trainable(), "lr": self.settings.lr}]
+
+    @torch.no_grad()
+    def rollout(self, examples: Sequence[Example], step: int) -> CaptionRollout:
+        config, settings, models = self.config, self.settings, self.models
+        size = settings.group_size
+        seeds = [derive_seed(config.seed, self.name, step, e.id, i) for e in examples for i in range(size)]
+        images = [example.image for example in examples]
+        prompt = models.encoder.prompt(images).repeat(size)
+        captions = sample_captions(
+            models.encoder,
+            prompt,
+            seeds,
+            temperature=settings.temperature,
+            max_new_tokens=config.caption.max_new_tokens,
+        )
+        # All captions of an image start from one noise: what is left of the reward's spread is the captions' own.
+        noise = [derive_seed(config.seed, self.name, "noise", step, e.id) for e in examples for _ in range(size)]
+        drawn = render(
+            models.decoder,
+            models.condition(captions.texts),
+            noise,
+            resolution=config.data.resolution,
+            steps=config.render.steps,
+            batch=config.render.batch,
+            guidance=render_guidance(config, models),
+        )
+        rewards = models.reward(drawn, models.reward.embed_sources(images).repeat_interleave(size, 0))
+        lengths = captions.mask.sum(1).float()
+        rollout = CaptionRollout(
+            prompt,
+            captions,
+            advantages=group_advantages(rewards, size, scale=settings.scale_advantages),
+            old_logprobs=torch.empty(captions.ids.shape, device=rewards.device),
+            ref_logprobs=torch.empty(captions.ids.shape, device=rewards.device) if settings.beta else None,
+            metrics={**reward_metrics(rewards, size), "completions/mean_length": lengths.mean()},
+        )
+        # Scored in the update's micro-batches, by the update's own code: its first ratio is exactly 1.
+        for start in range(0, len(rollout), settings.micro_batch):
+            rows = slice(start, start + settings.micro_batch)
+            rollout.old_logprobs[rows] = self.logprobs(rollout, rows, "policy")
+            if rollout.ref_logprobs is not None:
+                rollout.ref_logprobs[rows] = self.logprobs(rollout, rows, "reference")
+        return rollout
+
+    def logprobs(self, rollout: CaptionRollout, rows: slice, role: str) -> Tensor:
+        """Log-probs (B, T) of the sampled tokens under the policy or the reference."""
+        logprobs = linear_logprobs(
+            self.states(rollout, rows, role),
+            self.models.encoder.head.weight,
+            self.targets(rollout, rows),
+            temperature=self.settings.temperature,
+        )
+        assert isinstance(logprobs, Tensor)  # a pair only where the entropy is asked for
+        return logprobs
+
+    def states(self, rollout: CaptionRollout, rows: slice, role: str) -> Tensor:
+        """Hidden states (B, T, H) that predict the sampled tokens."""
+        captions = rollout.captions
+        return self.models.encoder.caption_states(
+            rollout.prompt.rows(rows), captions.ids[rows], captions.mask[rows], role
+        )
+
+    def targets(self, rollout: CaptionRollout, rows: slice) -> Tensor:
+        """Sampled tokens (B, T), −100 at padding."""
+        return rollout.captions.ids[rows].masked_fill(~rollout.captions.mask[rows], -100)
+
+    def loss(self, rollout: CaptionRollout, rows: slice) -> tuple[Tensor, Metrics]:
+        settings, mask = self.settings, rollout.captions.mask
+        share = len(mask[rows]) / len(mask)
+        by_tokens = settings.loss_type in ("bnpo", "dapo", "cispo")
+        loss, metrics, _, _ = linear_grpo_loss(
+            self.states(rollout, rows, "policy"),
+            self.models.encoder.head.weight,
+            self.targets(rollout, rows),
+            rollout.advantages[rows],
+            mask=mask[rows],
+            old_logprobs=rollout.old_logprobs[rows],
+            ref_logprobs=None if rollout.ref_logprobs is None else rollout.ref_logprobs[rows],
+            temperature=settings.temperature,
+            loss_type=settings.loss_type,
+            importance_level=settings.importance_level,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            beta=settings.beta,
+            kl_estimator=settings.kl_estimator,
+            normalizer=mask.sum() if by_tokens else None,
+            max_length=self.config.caption.max_new_tokens,
+        )
+        return loss if by_tokens else loss * share, policy_metrics(metrics)

@@ -1,0 +1,131 @@
+"""Stage 3, Understanding for Generation: the decoder learns to draw what the encoder's captions say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from uae_kernels import flow_grpo_loss, group_advantages
+
+from ..config import Config
+from ..data import Example
+from ..models import Models
+from ..rollout.captions import sample_captions
+from ..rollout.renders import Guidance, Trajectory, sde_window
+from ..seeds import derive_seed
+from . import Metrics, policy_metrics, reward_metrics
+
+
+@dataclass
+class DrawingRollout:
+    """The stochastic steps of B = images · group_size drawings, W of them each: W·B samples."""
+
+    trajectory: Trajectory
+    advantages: Tensor  # (B,)
+    ref_velocity: Tensor | None  # (W·B, C, H, W)
+    metrics: Metrics
+
+    def __len__(self) -> int:
+        return len(self.trajectory.latents)
+
+
+class UnderstandingForGeneration:
+    """Stage 3: Flow-GRPO (arXiv 2505.05470) on the encoder's own captions; the encoder is frozen (METHOD §2, §3)."""
+
+    name, title = "stage3", "understanding for generation"
+    trains = ("decoder",)
+    needs_captions, reads_as_policy = False, False
+
+    def __init__(self, config: Config, models: Models):
+        self.config, self.models, self.settings = config, models, config.stage3
+        if self.settings.beta:
+            models.decoder.keep_reference()
+
+    def groups(self) -> list[dict]:
+        return [{"params": self.models.decoder.trainable(), "lr": self.settings.lr}]
+
+    @torch.no_grad()
+    def rollout(self, examples: Sequence[Example], step: int) -> DrawingRollout:
+        config, settings, models = self.config, self.settings, self.models
+        size = settings.group_size
+        images = [example.image for example in examples]
+        captions = sample_captions(
+            models.encoder,
+            models.encoder.prompt(images),
+            [self.seed("caption", example.id) for example in examples],
+            temperature=config.caption.temperature,
+            max_new_tokens=config.caption.max_new_tokens,
+        )
+        last_start = settings.window_end - settings.window
+        start = self.seed("window", step) % (last_start + 1)
+        step_seeds = [
+            [self.seed(step, example.id, i, w) for example in examples for i in range(size)]
+            for w in range(settings.window)
+        ]
+        trajectory = sde_window(
+            models.decoder,
+            models.condition(captions.texts),
+            [self.seed("noise", step, example.id) for example in examples],
+            torch.tensor(step_seeds, device=models.decoder.device),
+            group_size=size,
+            start=start,
+            resolution=config.data.resolution,
+            steps=config.render.steps,
+            kind=settings.kind,
+            noise_level=settings.noise_level,
+            batch=config.render.batch,
+            micro_batch=settings.micro_batch,
+            guidance=Guidance(),
+        )
+        rewards = models.reward(trajectory.images, models.reward.embed_sources(images).repeat_interleave(size, 0))
+        rollout = DrawingRollout(
+            trajectory,
+            advantages=group_advantages(rewards, size, scale=settings.scale_advantages),
+            ref_velocity=torch.empty_like(trajectory.latents) if settings.beta else None,
+            metrics={
+                **reward_metrics(rewards, size),
+                "completions/mean_length": captions.mask.sum(1).float().mean(),
+                "clip_range_nats": torch.tensor(settings.clip_range * trajectory.latents[0].numel()),
+            },
+        )
+        if rollout.ref_velocity is not None:
+            with models.decoder.acting_as_reference():
+                for first in range(0, len(rollout), settings.micro_batch):
+                    rows = slice(first, first + settings.micro_batch)
+                    rollout.ref_velocity[rows] = self.velocity(rollout, rows).float()
+        return rollout
+
+    def seed(self, *parts: int | str) -> int:
+        """The seed of one of the stage's draws."""
+        return derive_seed(self.config.seed, self.name, *parts)
+
+    def velocity(self, rollout: DrawingRollout, rows: slice) -> Tensor:
+        """v_θ (B, C, H, W) at samples that share one sampler step: micro_batch divides the drawings."""
+        path = rollout.trajectory
+        drawings = slice(rows.start % len(path.context), rows.start % len(path.context) + self.settings.micro_batch)
+        # The step's one σ, as the rollout had it: a vector of equal σ may round elsewhere.
+        return self.models.decoder.velocity(path.latents[rows], path.sigma[rows.start], path.context[drawings])
+
+    def loss(self, rollout: DrawingRollout, rows: slice) -> tuple[Tensor, Metrics]:
+        settings, path = self.settings, rollout.trajectory
+        drawings = slice(rows.start % len(path.context), rows.start % len(path.context) + settings.micro_batch)
+        loss, metrics, _, _ = flow_grpo_loss(
+            self.velocity(rollout, rows),
+            path.latents[rows],
+            path.next_latents[rows],
+            path.log_probs[rows],
+            rollout.advantages[drawings],
+            path.sigma[rows],
+            path.sigma_next[rows],
+            sigma_max=path.sigma_max,
+            kind=settings.kind,
+            noise_level=settings.noise_level,
+            ref_velocity=None if rollout.ref_velocity is None else rollout.ref_velocity[rows],
+            beta=settings.beta,
+            kl=settings.kl,
+            clip_range=settings.clip_range,
+            advantage_clip=settings.advantage_clip,
+        )
+        return loss * settings.micro_batch / len(rollout), policy_metrics(metrics)

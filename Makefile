@@ -8,7 +8,7 @@ RUN ?= runs/tiny
 .PHONY: help demo test lint clean
 
 help:
-	@echo "make demo    train all three stages on the small world, then open $(RUN)/report.html (about 6 minutes)"
+	@echo "make demo    train all three stages on the small world, then open $(RUN)/report.html (about 5 minutes)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove what the other targets built; runs/ and data/ stay"
@@ -17,7 +17,7 @@ $(STAMP): constraints.txt pyproject.toml kernels/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
 	@echo "installing into $(VENV); this takes a minute or two"
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ./kernels -e '.[train,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ./kernels -e '.[train,dev]'
 	@touch $@
 
 data/tiny/%/captions.jsonl: | $(STAMP)

@@ -135,10 +135,14 @@ def run_stage(
         saved = checkpoints(folder / "checkpoints")[-1]
         restore_optimizer(optimizer, load_file(saved / "optimizer.safetensors"))
         mean.restore(load_file(saved / "mean.safetensors"))
+        if models.decoder.reference_copy is not None:
+            models.decoder.reference_copy.load_state_dict(load_file(saved / "reference.safetensors"))
 
     def save() -> None:
         position.seconds = time.monotonic() - began
         tensors = {"optimizer": optimizer_tensors(optimizer), "mean": mean.tensors()}
+        if models.decoder.reference_copy is not None:
+            tensors["reference"] = models.decoder.reference_copy.state_dict()
         save_checkpoint(folder / "checkpoints", models, asdict(position), {} if position.moment else tensors)
         prune_checkpoints(folder / "checkpoints", config.checkpoint.keep)
 

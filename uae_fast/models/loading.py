@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ..checkpoint import checkpoints, find_moment, load_checkpoint, read_state
 from ..config import Config, ConfigError, load_config
+from ..seeds import derive_seed
 from . import Models
 from .decoder import Decoder
 from .encoder import Encoder
@@ -58,8 +59,10 @@ def load_models(config: Config) -> Models:
         reader="reader" if config.condition.adapter == "frozen" else "policy",
     )
     settings = config.models
-    models.encoder.prepare_training(settings.encoder, settings.lora_rank, settings.lora_alpha)
-    models.decoder.prepare_training(settings.decoder, settings.lora_rank, settings.lora_alpha)
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(config.seed, "lora"))
+        models.encoder.prepare_training(settings.encoder, settings.lora_rank, settings.lora_alpha)
+        models.decoder.prepare_training(settings.decoder, settings.lora_rank, settings.lora_alpha)
     return models.to(device)
 
 

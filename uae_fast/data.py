@@ -71,9 +71,7 @@ class ImageFolder:
         self.captioned = not missing
         if captions and missing:
             raise ConfigError(
-                [
-                    f"{key}: stages 0 and 1 need a caption of each image in {folder}/captions.jsonl; {missing[0]} has none"
-                ]
+                [f"{key}: stages 0 and 1 need captions in {folder}/captions.jsonl; {missing[0]} has none"]
             )
 
     def _read_captions(self, key: str) -> dict[str, dict]:

@@ -5,12 +5,16 @@ STAMP := $(VENV)/.installed
 SEED ?= 0
 RUN ?= runs/tiny
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test gpu-check fuzz mutants bench lint clean
 
 help:
 	@echo "make demo    train all three stages on the small world, then open $(RUN)/report.html (about 5 minutes)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make gpu-check    run every kernel's tests compiled, on a GPU"
+	@echo "make bench   the kernels beside their rivals; QUICK=1 answers within a minute"
+	@echo "make fuzz    random inputs for the kernels, 2,000 a test"
+	@echo "make mutants    plant faults in the kernels; the tests must find each"
 	@echo "make clean   remove what the other targets built; runs/ and data/ stay"
 
 $(STAMP): constraints.txt pyproject.toml kernels/pyproject.toml
@@ -36,6 +40,21 @@ demo: $(STAMP) data/tiny/train/captions.jsonl data/tiny/heldout/captions.jsonl
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest
+	@echo "kernels, interpreted:"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/compat
+
+gpu-check: $(STAMP)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu-check runs the kernels on a GPU; PyTorch finds none here"; exit 1; }
+	@$(BIN)/python -m pytest tests/kernels -k triton
+
+fuzz: $(STAMP)
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k fuzz --hypothesis-profile=fuzz
+
+bench: $(STAMP)
+	@$(BIN)/python -m pytest benchmarks/kernels $(if $(QUICK),--quick)
+
+mutants: $(STAMP)
+	@$(BIN)/python tests/kernels/mutants.py
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

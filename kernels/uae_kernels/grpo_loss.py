@@ -1,126 +1,739 @@
-"""The policy losses of the GRPO family over per-token log-probabilities."""
+"""The policy losses of the GRPO family over per-token log-probabilities.
+
+Two launches forward: a program for each sequence, then one program that adds the sequences up. One launch backward, of
+the same kernel as the first, so that both directions agree on which tokens count and which ratios are clipped.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._common import GRPOLoss, check_impl, compute_dtype, fake_pull_back, pack, pull_back, unpack
-from .reference.grpo_loss import METRICS, check_arguments, check_needs
+from ._common import GRPOLoss, compute_dtype, pack, unpack
+from ._triton import fp64, jit, launch, narrow, tl, use_triton
+from .reference.grpo_loss import (
+    CLIPPED,
+    MAX_EXPONENT,
+    METRICS,
+    MIN_LOG_WEIGHT,
+    MIN_LOGPROB,
+    OVER_TOKENS,
+    check_arguments,
+    check_needs,
+    entropy_cut,
+    sampler_correction,
+    vespo_weight,
+)
+
+BLOCK = 1024  # tokens of a sequence at a time
+MEMBERS = 64  # rewards of a group at a time
+SEQUENCES = 256  # sequences that are added up at a time
+WARPS = 8
+
+FAR = tl.constexpr(MAX_EXPONENT)
+LOWEST = tl.constexpr(MIN_LOGPROB)
+LIGHTEST = tl.constexpr(MIN_LOG_WEIGHT)
+INF = tl.constexpr(math.inf)
+
+# The sums of a sequence: the metrics in their order, then what the loss is made of.
+SUMS = 10
+KL, RATIO, LARGEST, LOW, HIGH, ZERO, LOSS, TOKENS, ENTROPY, CHOSEN = map(tl.constexpr, range(SUMS))
+
+STATE = 3  # what backward needs of the whole batch: the divisor, the number of chosen tokens, the cut
+
+STRIDED = ("logprobs", "entropies", "advantages", "mask", "old", "ref", "sampling", "grad_per_token")
+STRIDES = [f"{name}_{axis}" for name in STRIDED for axis in "bt"]
 
 
-def _loss(
-    logprobs: Tensor,
-    entropies: Tensor | None,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    mask: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sampling_logprobs: Tensor | None,
-    normalizer: Tensor | None,
-    packed: Tensor,
-    group_size: int | None,
-    max_length: int | None,
-    loss_type: str,
-    importance_level: str,
-    kl_estimator: str,
-    importance_mode: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (), per token (B, T) and metrics (6,)."""
-    numbers = unpack(packed)
-    clip_low, clip_high, delta, beta, floor, cap, threshold, quantile, coef, count = numbers[:10]
-    out = reference.grpo_loss(
-        logprobs,
-        advantages,
-        rewards=rewards,
-        group_size=group_size,
-        mask=mask,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        sampling_logprobs=sampling_logprobs,
-        entropies=entropies,
-        loss_type=loss_type,
-        importance_level=importance_level,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        delta=delta,
-        beta=beta,
-        kl_estimator=kl_estimator,
-        sapo_temperature=(numbers[10], numbers[11]),
-        vespo=(numbers[12], numbers[13], numbers[14], numbers[15]),
-        importance_mode=importance_mode,
-        importance_floor=floor,
-        importance_cap=cap,
-        off_policy_threshold=threshold,
-        entropy_quantile=quantile,
-        entropy_coef=coef,
-        normalizer=count if normalizer is None else normalizer,
-        max_length=max_length,
+@jit()
+def _clamp(x, low, high):
+    """x within [low, high]; NaN stays."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@jit()
+def _load(x, x_b, x_t, i, t, m):
+    """x[i, t] in fp32; what a masked position holds never enters."""
+    return tl.load(x + i * x_b + t * x_t, mask=m, other=0).to(tl.float32)
+
+
+@jit()
+def _load_logprob(x, x_b, x_t, i, t, m):
+    x = tl.load(x + i * x_b + t * x_t, mask=m, other=0).to(tl.float32)
+    return tl.where(x < LOWEST, LOWEST, x)
+
+
+@jit()
+def _load_tokens(
+    i, t, T, mask, mask_b, mask_t, logprobs, logprobs_b, logprobs_t, old, old_b, old_t, sampling, sampling_b, sampling_t
+):  # fmt: skip
+    """Which of the tokens t count, log π and whether it has a gradient, log π_old, log π_sampler."""
+    m = t < T
+    if mask is not None:
+        m = m & (tl.load(mask + i * mask_b + t * mask_t, mask=m, other=0) != 0)
+    given = _load(logprobs, logprobs_b, logprobs_t, i, t, m)
+    logp = tl.where(given < LOWEST, LOWEST, given)
+    before = logp
+    if old is not None:
+        before = _load_logprob(old, old_b, old_t, i, t, m)
+    sampler = before
+    if sampling is not None:
+        sampler = _load_logprob(sampling, sampling_b, sampling_t, i, t, m)
+        sampler = tl.where(sampler == sampler, sampler, before)
+    return m, logp, given >= LOWEST, before, sampler
+
+
+@jit()
+def _correction(gap, floor, cap, log_floor, log_cap, LIMIT: tl.constexpr):
+    """ρ = exp(gap) within its limits, and log ρ, which is the gap itself where no limit applies."""
+    log_rho = _clamp(gap, -FAR, FAR)
+    rho = tl.exp(log_rho)
+    if LIMIT == "truncate":
+        log_rho = tl.where(rho < floor, log_floor, log_rho)
+        rho = tl.where(rho < floor, floor, rho)
+        log_rho = tl.where(rho > cap, log_cap, log_rho)
+        rho = tl.where(rho > cap, cap, rho)
+    else:
+        inside = (rho >= floor) & (rho <= cap)
+        log_rho = tl.where(inside, log_rho, LIGHTEST)
+        rho = tl.where(inside, rho, 0.0)
+    return rho, _clamp(log_rho, LIGHTEST, FAR)
+
+
+@jit()
+def _group_advantage(rewards, stride, i, group, MEMBERS: tl.constexpr):
+    """`group_advantages` of sequence i: (r_i − mean)/(std + 1e-4) over the finite rewards of its group, in fp64."""
+    first = i // group * group
+    counts = tl.zeros((MEMBERS,), tl.float64)
+    totals = tl.zeros((MEMBERS,), tl.float64)
+    lows = tl.full((MEMBERS,), INF, tl.float64)
+    highs = tl.full((MEMBERS,), -INF, tl.float64)
+    for start in range(0, group, MEMBERS):
+        j = start + tl.arange(0, MEMBERS)
+        r = tl.load(rewards + (first + j) * stride, mask=j < group, other=INF).to(tl.float64)
+        finite = tl.abs(r) < INF
+        counts += tl.where(finite, 1.0, 0.0)
+        totals += tl.where(finite, r, 0.0)
+        lows = tl.where(finite & (r < lows), r, lows)
+        highs = tl.where(finite & (r > highs), r, highs)
+    count = tl.sum(counts)
+    mean = tl.sum(totals) / tl.where(count > 0, count, 1.0)
+    squares = tl.zeros((MEMBERS,), tl.float64)
+    for start in range(0, group, MEMBERS):
+        j = start + tl.arange(0, MEMBERS)
+        r = tl.load(rewards + (first + j) * stride, mask=j < group, other=INF).to(tl.float64)
+        squares += tl.where(tl.abs(r) < INF, (r - mean) * (r - mean), 0.0)
+    std = tl.sqrt(tl.sum(squares) / tl.where(count > 1, count - 1, 1.0))
+    r = tl.load(rewards + i * stride).to(tl.float64)
+    informative = (tl.abs(r) < INF) & (tl.min(lows) < tl.max(highs))
+    return tl.where(informative, (r - mean) / (std + 1e-4), 0.0).to(tl.float32)
+
+
+@jit()
+def _policy(
+    logp, ratio, a, log_w, zeros, lower, upper, delta, tau_positive, tau_other, k_positive, lam_positive, k_negative,
+    lam_negative, LOSS_TYPE: tl.constexpr,
+):  # fmt: skip
+    """A token's loss L, ∂L/∂r, ∂L/∂log π, and whether r is clipped below and above."""
+    d_ratio, d_logp = zeros, zeros
+    low, high = zeros > 0, zeros > 0
+    if LOSS_TYPE == "cispo":
+        d_logp = -tl.where(ratio > upper, upper, ratio) * a
+        loss = d_logp * logp
+        high = (ratio > upper) & (a > 0)
+    elif LOSS_TYPE == "sapo":
+        tau = tl.where(a > 0, tau_positive, tau_other)
+        gate = tl.sigmoid(tau * (ratio - 1))
+        loss = -(4 / tau) * gate * a
+        d_ratio = -4 * gate * (1 - gate) * a
+    elif LOSS_TYPE == "vespo":
+        k = tl.where(a >= 0, k_positive, k_negative)
+        lam = tl.where(a >= 0, lam_positive, lam_negative)
+        phi = tl.exp(lam + k * log_w - lam * tl.exp(log_w))
+        d_logp = -tl.where(phi < INF, phi, 0.0) * a
+        loss = d_logp * logp
+    else:
+        free = tl.where(ratio > delta, delta, ratio) * a
+        clipped = _clamp(ratio, lower, upper) * a
+        loss = -tl.where(free < clipped, free, clipped)
+        # As autograd has it: a tie's gradient goes to both sides by halves, and at a bound the slope is 1.
+        to_free = tl.where(free == clipped, 0.5, tl.where(free > clipped, 0.0, 1.0))
+        d_ratio = -tl.where(ratio <= delta, to_free * a, 0.0)
+        d_ratio -= tl.where((ratio >= lower) & (ratio <= upper), (1 - to_free) * a, 0.0)
+        low = (ratio < lower) & (a < 0)
+        high = (ratio > upper) & (a > 0)
+    return loss, d_ratio, d_logp, low, high
+
+
+@jit()
+def _kl(x, ratio, zeros, ESTIMATOR: tl.constexpr):
+    """KL, ∂KL/∂r and ∂KL/∂log π from x = log π_ref − log π."""
+    d_ratio = zeros
+    if ESTIMATOR == "k1":
+        kl = -x
+        d_logp = zeros + 1
+    elif ESTIMATOR == "k2":
+        kl = 0.5 * x * x
+        d_logp = -x
+    else:
+        near = tl.where(x > FAR, FAR, x)
+        kl = tl.exp(near) - near - 1
+        d_logp = tl.where(x <= FAR, 1 - tl.exp(near), 0.0)
+        if ESTIMATOR == "k3_importance":
+            d_ratio = kl
+            kl *= ratio
+            d_logp *= ratio
+    return kl, d_ratio, d_logp
+
+
+@jit()
+def _share(x, tokens, T, max_length, LOSS_TYPE: tl.constexpr):
+    """What a sequence whose tokens' losses sum to x adds to the loss, before the divisor that all have."""
+    if LOSS_TYPE == "grpo" or LOSS_TYPE == "sapo":
+        x = x / tl.where(tokens > 0, tokens, 1.0)
+    elif LOSS_TYPE == "dr_grpo":
+        x = x / max_length
+    elif LOSS_TYPE == "luspo_legacy":
+        x = tl.where(tokens > 0, x / T * tokens, 0.0)
+    return x
+
+
+@jit(
+    *STRIDES, "sequences", "T", "group", "max_length", "lower", "upper", "delta", "beta", "floor", "cap", "log_floor",
+    "log_cap", "threshold", "coef", "tau_positive", "tau_other", "k_positive", "lam_positive", "k_negative",
+    "lam_negative",
+)  # fmt: skip
+def _sequence_kernel(
+    logprobs, logprobs_b, logprobs_t, entropies, entropies_b, entropies_t, advantages, advantages_b, advantages_t,
+    mask, mask_b, mask_t, old, old_b, old_t, ref, ref_b, ref_t, sampling, sampling_b, sampling_t,
+    grad_per_token, grad_per_token_b, grad_per_token_t,
+    cut, per_token, sums, state, grad, d_logprobs, d_entropies,
+    sequences, T, group, max_length, lower, upper, delta, beta, floor, cap, log_floor, log_cap, threshold, coef,
+    tau_positive, tau_other, k_positive, lam_positive, k_negative, lam_negative,
+    LOSS_TYPE: tl.constexpr, LEVEL: tl.constexpr, ESTIMATOR: tl.constexpr, ADVANTAGES: tl.constexpr,
+    GAP: tl.constexpr, LIMIT: tl.constexpr, OFF_POLICY: tl.constexpr, BACKWARD: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A sequence. Forward: its tokens' losses and its column of the sums. Backward: its gradients."""
+    i = tl.program_id(0).to(tl.int64)
+    zeros = tl.zeros((BLOCK,), tl.float32)
+    if ADVANTAGES == "rewards":
+        advantage = _group_advantage(advantages, advantages_b, i, group, MEMBERS)
+    elif ADVANTAGES == "sequence":
+        advantage = tl.load(advantages + i * advantages_b).to(tl.float32)
+
+    # The token count K, and what the options ask of the whole sequence
+    counts, log_ratios, log_weights, gaps, drifts = zeros, zeros, zeros, zeros, zeros
+    for start in range(0, T, BLOCK):
+        t = start + tl.arange(0, BLOCK).to(tl.int64)
+        m, logp, _, before, sampler = _load_tokens(
+            i, t, T, mask, mask_b, mask_t, logprobs, logprobs_b, logprobs_t, old, old_b, old_t,
+            sampling, sampling_b, sampling_t,
+        )  # fmt: skip
+        counts += tl.where(m, 1.0, 0.0)
+        if LEVEL == "sequence":
+            log_ratios += logp - before
+        if LOSS_TYPE == "vespo":
+            log_weights += _clamp(logp - before, -FAR, FAR)
+            if GAP == "token":
+                _, log_rho = _correction(before - sampler, floor, cap, log_floor, log_cap, LIMIT)
+                log_weights += tl.where(m, log_rho, 0.0)
+        if GAP == "sequence":
+            gaps += before - sampler
+        if OFF_POLICY:
+            drifts += sampler - logp
+    tokens = tl.sum(counts)
+    length = tl.where(tokens > 0, tokens, 1.0)
+    rho, log_w = zeros + 1, 0.0
+    if GAP == "sequence":
+        rho, log_w = _correction(zeros + tl.sum(gaps), floor, cap, log_floor, log_cap, LIMIT)
+    if LOSS_TYPE == "vespo":
+        rho, log_w = zeros + 1, _clamp(tl.sum(log_weights) + log_w, LIGHTEST, FAR)
+
+    losses, kls, ratios, largest, lows, highs, bonus, choices = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    nonzeros, d_levels, upstream = zeros, zeros, 0.0
+    if grad is not None:
+        upstream = _share(tl.load(grad) / tl.load(state), tokens, T, max_length, LOSS_TYPE)
+    # Backward with sequence ratios, a first pass adds up what reaches the level that the tokens share.
+    for step in tl.static_range(2 if BACKWARD and LEVEL == "sequence" else 1):
+        for start in range(0, T, BLOCK):
+            t = start + tl.arange(0, BLOCK).to(tl.int64)
+            inside = t < T
+            m, logp, has_gradient, before, sampler = _load_tokens(
+                i, t, T, mask, mask_b, mask_t, logprobs, logprobs_b, logprobs_t, old, old_b, old_t,
+                sampling, sampling_b, sampling_t,
+            )  # fmt: skip
+            if ADVANTAGES == "token":
+                a = _load(advantages, advantages_b, advantages_t, i, t, m)
+            else:
+                a = zeros + advantage
+            level = logp - before
+            if LEVEL == "sequence":
+                level = zeros + tl.sum(log_ratios) / length
+            ratio = tl.exp(_clamp(level, -FAR, FAR))
+            if GAP == "token" and LOSS_TYPE != "vespo":
+                rho, _ = _correction(before - sampler, floor, cap, log_floor, log_cap, LIMIT)
+                rho = tl.where(m, rho, 1.0)
+
+            loss, d_ratio, d_logp, low, high = _policy(
+                logp, ratio, a, log_w, zeros, lower, upper, delta, tau_positive, tau_other, k_positive, lam_positive,
+                k_negative, lam_negative, LOSS_TYPE,
+            )  # fmt: skip
+            kl, kl_d_ratio, kl_d_logp = zeros, zeros, zeros
+            if ref is not None:
+                x = _load_logprob(ref, ref_b, ref_t, i, t, m) - logp
+                kl, kl_d_ratio, kl_d_logp = _kl(x, ratio, zeros, ESTIMATOR)
+
+            summed = inside if LOSS_TYPE == "luspo_legacy" else m
+            kept, chosen, h = inside, m, zeros
+            if entropies is not None:
+                h = _load(entropies, entropies_b, entropies_t, i, t, m)
+            if cut is not None:
+                chosen = m & (h >= tl.load(cut))
+                kept = chosen
+            if OFF_POLICY:
+                kept = kept & ~((a < 0) & (zeros + tl.sum(drifts) / length > threshold))
+
+            if BACKWARD:
+                g = tl.where(summed, upstream, 0.0)
+                if grad_per_token is not None:
+                    g += _load(grad_per_token, grad_per_token_b, grad_per_token_t, i, t, m)
+                kept_g = tl.where(kept, g * rho, 0.0)
+                d_ratio = kept_g * d_ratio + g * beta * kl_d_ratio
+                d_level = tl.where((level >= -FAR) & (level <= FAR), d_ratio * ratio, 0.0)
+                if LEVEL == "sequence" and step == 0:
+                    d_levels += d_level
+                else:
+                    if LEVEL == "sequence":
+                        d_level = tl.sum(d_levels) / length
+                    d_logp = d_level + (kept_g * d_logp + g * beta * kl_d_logp)
+                    if d_logprobs is not None:
+                        d_logp = tl.where(m & has_gradient, d_logp, 0.0)
+                        tl.store(d_logprobs + i * T + t, narrow(d_logp, d_logprobs.dtype.element_ty), mask=inside)
+                    if d_entropies is not None:
+                        d_h = zeros
+                        if grad is not None:
+                            d_h -= tl.where(chosen, coef * tl.load(grad) / tl.load(state + 1), 0.0)
+                        tl.store(d_entropies + i * T + t, narrow(d_h, d_entropies.dtype.element_ty), mask=inside)
+            else:
+                loss = tl.where(kept, loss, 0.0) * rho + beta * kl
+                tl.store(per_token + i * T + t, tl.where(m, loss, 0.0), mask=inside)
+                losses += tl.where(summed, loss, 0.0)
+                kls += tl.where(m, kl, 0.0)
+                ratios += tl.where(m, ratio, 0.0)
+                largest = tl.maximum(largest, tl.where(m, ratio, 0.0))
+                lows += tl.where(m & low, 1.0, 0.0)
+                highs += tl.where(m & high, 1.0, 0.0)
+                bonus += tl.where(chosen, h, 0.0)
+                choices += tl.where(chosen, 1.0, 0.0)
+                nonzeros += tl.where(a != 0, 1.0, 0.0)
+
+    if not BACKWARD:
+        zero = tl.sum(nonzeros) == 0 if ADVANTAGES == "token" else advantage == 0
+        tl.store(sums + KL * sequences + i, tl.sum(kls))
+        tl.store(sums + RATIO * sequences + i, tl.sum(ratios))
+        tl.store(sums + LARGEST * sequences + i, tl.max(largest))
+        tl.store(sums + LOW * sequences + i, tl.sum(lows))
+        tl.store(sums + HIGH * sequences + i, tl.sum(highs))
+        tl.store(sums + ZERO * sequences + i, zero.to(tl.float32))
+        tl.store(sums + LOSS * sequences + i, _share(tl.sum(losses), tokens, T, max_length, LOSS_TYPE))
+        tl.store(sums + TOKENS * sequences + i, tokens)
+        tl.store(sums + ENTROPY * sequences + i, tl.sum(bonus))
+        tl.store(sums + CHOSEN * sequences + i, tl.sum(choices))
+
+
+@jit()
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@jit()
+def _row(totals, ROW: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, 16) == ROW, totals, 0.0))
+
+
+@jit("sequences", "group", "count", "coef")
+def _reduce_kernel(
+    sums, normalizer, cut, loss, metrics, state, sequences, group, count, coef,
+    BY_TOKENS: tl.constexpr, SUMS: tl.constexpr, SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    """(SUMS, sequences) -> loss, metrics and state, summed in fp64 and in a fixed order."""
+    rows = tl.arange(0, 16).to(tl.int64)
+    parts = tl.zeros((16, SEQUENCES), tl.float64)
+    largest = tl.zeros((SEQUENCES,), tl.float32)
+    zero_groups = tl.zeros((SEQUENCES,), tl.float64)
+    nonzero = -1  # the last sequence so far with an advantage that is not 0
+    for start in range(0, sequences, SEQUENCES):
+        i = start + tl.arange(0, SEQUENCES)
+        parts += tl.load(sums + rows[:, None] * sequences + i, mask=(rows < SUMS)[:, None] & (i < sequences), other=0)
+        largest = tl.maximum(largest, tl.load(sums + LARGEST * sequences + i, mask=i < sequences, other=0))
+        zero = tl.load(sums + ZERO * sequences + i, mask=i < sequences, other=0) != 0
+        last = tl.maximum(tl.associative_scan(tl.where(zero, -1, i), 0, _larger), nonzero)
+        zero_groups += tl.where((i % group == group - 1) & (last <= i - group), 1.0, 0.0)
+        nonzero = tl.max(last)
+    totals = tl.sum(parts, 1)
+    tokens = tl.maximum(_row(totals, TOKENS), 1.0)
+
+    if normalizer is not None:
+        divisor = tl.load(normalizer).to(tl.float64)
+    else:
+        own = _row(totals, TOKENS) if BY_TOKENS else sequences.to(tl.float64)
+        divisor = tl.where(count == count, count, own)
+    divisor = tl.where(divisor < 1, 1.0, divisor)
+    chosen = tl.maximum(_row(totals, CHOSEN), 1.0)
+    tl.store(loss, _row(totals, LOSS) / divisor - coef * (_row(totals, ENTROPY) / chosen))
+    tl.store(state, divisor)
+    tl.store(state + 1, chosen)
+    if cut is not None:
+        tl.store(state + 2, tl.load(cut))
+
+    values = totals / tokens
+    ratio_sum = _row(totals, RATIO)  # has the NaN that a maximum drops
+    values = tl.where(rows == LARGEST, tl.where(ratio_sum == ratio_sum, tl.max(largest), ratio_sum), values)
+    values = tl.where(rows == ZERO, tl.sum(zero_groups) / tl.maximum(sequences // group, 1), values)
+    tl.store(metrics + rows, values, mask=rows < LOSS)
+
+
+class Inputs(NamedTuple):
+    """What the op takes, forward and backward."""
+
+    logprobs: Tensor
+    entropies: Tensor | None
+    advantages: Tensor | None
+    rewards: Tensor | None
+    mask: Tensor | None
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    sampling_logprobs: Tensor | None
+    normalizer: Tensor | None
+    packed: Tensor  # Numbers
+    group_size: int | None
+    max_length: int | None
+    loss_type: str
+    importance_level: str
+    kl_estimator: str
+    importance_mode: str
+    triton: bool
+
+    def keep(self) -> Tensor:
+        """(B, T), True where a token counts."""
+        return torch.ones_like(self.logprobs, dtype=torch.bool) if self.mask is None else self.mask != 0
+
+
+SCHEMA = """
+    Tensor logprobs, Tensor? entropies, Tensor? advantages, Tensor? rewards, Tensor? mask, Tensor? old_logprobs,
+    Tensor? ref_logprobs, Tensor? sampling_logprobs, Tensor? normalizer, Tensor packed, SymInt? group_size,
+    SymInt? max_length, str loss_type, str importance_level, str kl_estimator, str importance_mode, bool triton
+"""
+
+
+class Numbers(NamedTuple):
+    clip_low: float
+    clip_high: float
+    delta: float
+    beta: float
+    floor: float
+    cap: float
+    threshold: float | None
+    quantile: float | None
+    coef: float
+    normalizer: float | None
+    tau_positive: float
+    tau_other: float
+    k_positive: float
+    lam_positive: float
+    k_negative: float
+    lam_negative: float
+
+
+def _cut(x: Inputs, quantile: float | None) -> Tensor | None:
+    if x.entropies is None or quantile is None or not x.logprobs.numel():
+        return None
+    return entropy_cut(x.entropies.to(compute_dtype(x.logprobs)), x.keep(), quantile)
+
+
+def _launch_sequences(
+    x: Inputs,
+    n: Numbers,
+    cut: Tensor | None,
+    *,
+    per_token: Tensor | None = None,
+    sums: Tensor | None = None,
+    state: Tensor | None = None,
+    grad: Tensor | None = None,
+    grad_per_token: Tensor | None = None,
+    d_logprobs: Tensor | None = None,
+    d_entropies: Tensor | None = None,
+) -> None:
+    """Forward it writes `per_token` and `sums`, backward the gradients that are not None."""
+    advantages = x.rewards if x.advantages is None else x.advantages
+    strided: list[Any] = []
+    for y in (
+        x.logprobs, x.entropies, advantages, x.mask, x.old_logprobs, x.ref_logprobs, x.sampling_logprobs, grad_per_token
+    ):  # fmt: skip
+        strided += (None, 0, 0) if y is None else (y, y.stride(0), y.stride(1) if y.dim() == 2 else 0)
+    B, T = x.logprobs.shape
+    gap, limit = x.importance_mode.split("_")
+    launch(
+        _sequence_kernel,
+        (B,),
+        *strided,
+        cut=cut,
+        per_token=per_token,
+        sums=sums,
+        state=state,
+        grad=grad,
+        d_logprobs=d_logprobs,
+        d_entropies=d_entropies,
+        sequences=B,
+        T=T,
+        group=x.group_size or 1,
+        max_length=float(max(T, 1) if x.max_length is None else x.max_length),
+        lower=1 - n.clip_low,
+        upper=n.clip_high if x.loss_type == "cispo" else 1 + n.clip_high,
+        delta=n.delta,
+        beta=n.beta,
+        floor=n.floor,
+        cap=n.cap,
+        log_floor=math.log(n.floor) if n.floor > 0 else -math.inf,
+        log_cap=math.log(n.cap) if n.cap > 0 else -math.inf,
+        threshold=0.0 if n.threshold is None else n.threshold,
+        coef=n.coef,
+        tau_positive=n.tau_positive,
+        tau_other=n.tau_other,
+        k_positive=n.k_positive,
+        lam_positive=n.lam_positive,
+        k_negative=n.k_negative,
+        lam_negative=n.lam_negative,
+        LOSS_TYPE=x.loss_type,
+        LEVEL=x.importance_level,
+        ESTIMATOR=x.kl_estimator,
+        ADVANTAGES="rewards" if x.advantages is None else "sequence" if x.advantages.dim() == 1 else "token",
+        GAP="none" if x.sampling_logprobs is None else gap,
+        LIMIT=limit,
+        OFF_POLICY=n.threshold is not None,
+        BACKWARD=sums is None,
+        MEMBERS=MEMBERS,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
     )
-    return out.loss, out.per_token, torch.stack(list(out.metrics.values()))
 
 
-_forward = torch.library.custom_op("uae_kernels::grpo_loss", _loss, mutates_args=())
-
-
-@_forward.register_fake
-def _(logprobs, *options):
-    dtype = compute_dtype(logprobs)
-    return tuple(logprobs.new_empty(shape, dtype=dtype) for shape in ((), logprobs.shape, len(METRICS)))
-
-
-@torch.library.custom_op("uae_kernels::grpo_loss_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    grad_per_token: Tensor,
-    logprobs: Tensor,
-    entropies: Tensor | None,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    mask: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sampling_logprobs: Tensor | None,
-    normalizer: Tensor | None,
-    packed: Tensor,
-    group_size: int | None,
-    max_length: int | None,
-    loss_type: str,
-    importance_level: str,
-    kl_estimator: str,
-    importance_mode: str,
-    need_logprobs: bool,
-    need_entropies: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of logprobs and entropies."""
-    constants = (
-        advantages, rewards, mask, old_logprobs, ref_logprobs, sampling_logprobs, normalizer, packed,
-        group_size, max_length, loss_type, importance_level, kl_estimator, importance_mode,
+def _forward_triton(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = Numbers(*unpack(x.packed))
+    B, T = x.logprobs.shape
+    empty = partial(x.logprobs.new_empty, dtype=torch.float32)
+    loss, per_token, metrics, state, sums = map(empty, ((), (B, T), len(METRICS), STATE, (SUMS, B)))
+    cut = _cut(x, n.quantile)
+    _launch_sequences(x, n, cut, per_token=per_token, sums=sums)
+    launch(
+        _reduce_kernel, (1,), sums, x.normalizer, cut, loss, metrics, state, B, x.group_size or 1,
+        math.nan if n.normalizer is None else n.normalizer, n.coef,
+        BY_TOKENS=x.loss_type in OVER_TOKENS, SUMS=SUMS, SEQUENCES=SEQUENCES, num_warps=WARPS,
     )  # fmt: skip
-    d_logprobs, d_entropies = pull_back(
-        lambda logp, h: _loss(logp, h, *constants)[:2],
-        (logprobs, entropies),
-        (need_logprobs, need_entropies),
-        (grad, grad_per_token),
+    return loss, per_token, metrics, state
+
+
+def _forward_torch(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = Numbers(*unpack(x.packed))
+    out = reference.grpo_loss(
+        x.logprobs,
+        x.advantages,
+        rewards=x.rewards,
+        group_size=x.group_size,
+        mask=x.mask,
+        old_logprobs=x.old_logprobs,
+        ref_logprobs=x.ref_logprobs,
+        sampling_logprobs=x.sampling_logprobs,
+        entropies=x.entropies,
+        loss_type=x.loss_type,
+        importance_level=x.importance_level,
+        clip_low=n.clip_low,
+        clip_high=n.clip_high,
+        delta=n.delta,
+        beta=n.beta,
+        kl_estimator=x.kl_estimator,
+        sapo_temperature=(n.tau_positive, n.tau_other),
+        vespo=(n.k_positive, n.lam_positive, n.k_negative, n.lam_negative),
+        importance_mode=x.importance_mode,
+        importance_floor=n.floor,
+        importance_cap=n.cap,
+        off_policy_threshold=n.threshold,
+        entropy_quantile=n.quantile,
+        entropy_coef=n.coef,
+        normalizer=n.normalizer if x.normalizer is None else x.normalizer,
+        max_length=x.max_length,
     )
+    return out.loss, out.per_token.contiguous(), torch.stack(list(out.metrics.values())), out.loss.new_empty(0)
+
+
+def _backward_torch(x: Inputs, grad: Tensor | None, grad_per_token: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The derivatives of the definition, in closed form and in the kernel's steps."""
+    n = Numbers(*unpack(x.packed))
+    dtype = compute_dtype(x.logprobs)
+    m = x.keep()
+    tokens = m.sum(1, keepdim=True)
+    length = tokens.clamp(min=1)
+
+    def unmasked(y: Tensor) -> Tensor:
+        return torch.where(m, y.to(dtype), 0)
+
+    def floored(y: Tensor) -> Tensor:
+        return unmasked(y).clamp(min=MIN_LOGPROB)
+
+    a = x.advantages
+    if a is None:
+        assert x.rewards is not None
+        a = reference.group_advantages(x.rewards, x.group_size)
+    a = a.to(dtype)[:, None].expand_as(m) if a.dim() == 1 else unmasked(a)
+    logp = floored(x.logprobs)
+    old = logp if x.old_logprobs is None else floored(x.old_logprobs)
+    level = log_ratio = logp - old
+    if x.importance_level == "sequence":
+        level = (log_ratio.sum(1, keepdim=True) / length).expand_as(m)
+    ratio = level.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+
+    rho, sampler = torch.ones_like(logp), old
+    if x.sampling_logprobs is not None:
+        sampler = floored(x.sampling_logprobs)
+        sampler = torch.where(sampler.isnan(), old, sampler)
+        rho = sampler_correction(old - sampler, m, x.importance_mode, n.floor, n.cap)
+    kept, chosen, cut = torch.ones_like(m), m, _cut(x, n.quantile)
+    if n.threshold is not None:
+        kept = ~((a < 0) & ((sampler - logp).sum(1, keepdim=True) / length > n.threshold))
+    if x.entropies is not None and cut is not None:
+        chosen = m & (x.entropies.to(dtype) >= cut)
+        kept = kept & chosen
+
+    # What reaches each token's loss: g in all, kept_g past the masks and the sampler's correction
+    g = torch.zeros_like(logp)
+    if grad is not None:
+        count = n.normalizer if x.normalizer is None else x.normalizer
+        if count is None:
+            count = tokens.sum() if x.loss_type in OVER_TOKENS else len(m)
+        each = grad / (count.clamp(min=1).to(dtype) if isinstance(count, Tensor) else max(count, 1))
+        if x.loss_type in ("grpo", "sapo"):
+            each = each / length
+        elif x.loss_type == "dr_grpo":
+            each = each / (max(m.shape[1], 1) if x.max_length is None else x.max_length)
+        if x.loss_type == "luspo_legacy":
+            g = g + each / max(m.shape[1], 1) * tokens
+        else:
+            g = torch.where(m, each, 0)
+    if grad_per_token is not None:
+        g = g + unmasked(grad_per_token)
+    kept_g = torch.where(kept, g if x.loss_type == "vespo" else g * rho, 0)
+
+    d_ratio = d_logp = torch.zeros_like(logp)
+    if x.loss_type in CLIPPED:
+        low, high = 1 - n.clip_low, 1 + n.clip_high
+        free, clipped = ratio.clamp(max=n.delta) * a, ratio.clamp(low, high) * a
+        # As autograd has it: a tie's gradient goes to both sides by halves, and at a bound the slope is 1.
+        to_free = torch.where(free == clipped, 0.5, torch.where(free > clipped, 0.0, 1.0)).to(dtype)
+        d_ratio = -torch.where(ratio <= n.delta, to_free * a, 0)
+        d_ratio = d_ratio - torch.where((ratio >= low) & (ratio <= high), (1 - to_free) * a, 0)
+    elif x.loss_type == "cispo":
+        d_logp = -ratio.clamp(max=n.clip_high) * a
+    elif x.loss_type == "sapo":
+        tau = torch.full_like(a, n.tau_other).masked_fill(a > 0, n.tau_positive)
+        gate = torch.sigmoid(tau * (ratio - 1))
+        d_ratio = -4 * gate * (1 - gate) * a
+    else:
+        d_logp = -vespo_weight(log_ratio, rho, a, (n.k_positive, n.lam_positive, n.k_negative, n.lam_negative)) * a
+    d_ratio, d_logp = kept_g * d_ratio, kept_g * d_logp
+    if x.ref_logprobs is not None:
+        y = floored(x.ref_logprobs) - logp  # the x of the estimators
+        g = g * n.beta
+        if x.kl_estimator == "k1":
+            d_logp = d_logp + g
+        elif x.kl_estimator == "k2":
+            d_logp = d_logp - g * y
+        else:
+            near = y.clamp(max=MAX_EXPONENT)
+            if x.kl_estimator == "k3_importance":
+                d_ratio = d_ratio + g * (near.exp() - near - 1)
+                g = g * ratio
+            d_logp = d_logp + g * torch.where(y <= MAX_EXPONENT, 1 - near.exp(), 0)
+
+    d_level = torch.where(level.abs() <= MAX_EXPONENT, d_ratio * ratio, 0)
+    if x.importance_level == "sequence":
+        d_level = d_level.sum(1, keepdim=True) / length
+    d_logprobs = torch.where(m & (unmasked(x.logprobs) >= MIN_LOGPROB), d_level + d_logp, 0)
+    d_entropies = torch.zeros_like(logp)
+    if grad is not None:
+        d_entropies = torch.where(chosen, -n.coef * grad / chosen.sum().clamp(min=1), 0)
     return d_logprobs, d_entropies
 
 
+@torch.library.custom_op(
+    "uae_kernels::grpo_loss", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _forward(*inputs):
+    """Loss (), per token (B, T), metrics (6,), and the state of the kernel's backward pass."""
+    x = Inputs(*inputs)
+    return _forward_triton(x) if x.triton else _forward_torch(x)
+
+
+@_forward.register_fake
+def _(*inputs):
+    x = Inputs(*inputs)
+    shapes = (), x.logprobs.shape, len(METRICS), STATE if x.triton else 0
+    return tuple(x.logprobs.new_empty(shape, dtype=compute_dtype(x.logprobs)) for shape in shapes)
+
+
+def _gradients(x: Inputs, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    given = zip((x.logprobs, x.entropies), needs, strict=True)
+    return tuple(y.new_empty(y.shape) if y is not None and need else x.logprobs.new_empty(0) for y, need in given)
+
+
+@torch.library.custom_op(
+    "uae_kernels::grpo_loss_backward",
+    mutates_args=(),
+    schema=f"(Tensor? grad, Tensor? grad_per_token, Tensor state, {SCHEMA}, bool need_logprobs, bool need_entropies) "
+    "-> (Tensor, Tensor)",
+)
+def _backward(grad, grad_per_token, state, *rest):
+    """Gradients of logprobs and entropies, without elements where they are not needed."""
+    x, needs = Inputs(*rest[:-2]), rest[-2:]
+    grads = _gradients(x, needs)
+    if x.triton:
+        n = Numbers(*unpack(x.packed))
+        cut = None if x.entropies is None or n.quantile is None else state[2]
+        d_logprobs, d_entropies = (g if need else None for g, need in zip(grads, needs, strict=True))
+        _launch_sequences(
+            x, n, cut, state=state, grad=grad, grad_per_token=grad_per_token, d_logprobs=d_logprobs,
+            d_entropies=d_entropies,
+        )  # fmt: skip
+    else:
+        for memory, value, need in zip(grads, _backward_torch(x, grad, grad_per_token), needs, strict=True):
+            if need:
+                memory.copy_(value)
+    return grads
+
+
 @_backward.register_fake
-def _(grad, grad_per_token, logprobs, entropies, *options):
-    return fake_pull_back((logprobs, entropies), options[-2:], grad)
+def _(grad, grad_per_token, state, *rest):
+    return _gradients(Inputs(*rest[:-2]), rest[-2:])
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*inputs[:10])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[3], *inputs[:10])
     ctx.options = inputs[10:]
 
 
-def _autograd(ctx, grad, grad_per_token, _):
+def _autograd(ctx, grad, grad_per_token, *_):
+    state, *tensors = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    grads = _backward(grad, grad_per_token, *ctx.saved_tensors, *ctx.options, *needs)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 14
+    grads: tuple[Tensor | None, ...] = (None, None)
+    if grad is not None or grad_per_token is not None:
+        grads = _backward(grad, grad_per_token, state, *tensors, *ctx.options, *needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 15
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -213,7 +826,7 @@ def grpo_loss(
         entropy_coef: weight of the entropy bonus.
         normalizer: number or 0-d tensor, see above.
         max_length: tokens per sequence dr_grpo divides by, None = T.
-        impl: "auto" and "torch" run PyTorch; "triton" raises.
+        impl: "auto" runs Triton on a GPU and PyTorch elsewhere and for fp64 log-probs; "triton" and "torch" insist.
 
     Returns:
         GRPOLoss: `loss` fp32 (fp64 for fp64 log-probs); `metrics` over unmasked tokens: kl (as it enters the
@@ -224,9 +837,9 @@ def grpo_loss(
 
     Raises:
         ValueError: shapes that do not fit, unknown choices, an option whose input is missing.
-        RuntimeError: `impl="triton"`.
+        RuntimeError: `impl="triton"` where Triton cannot run, or for fp64 log-probs.
     """
-    check_impl("grpo_loss", impl)
+    triton = use_triton("grpo_loss", impl, logprobs, fp64(logprobs))
     check_arguments(
         logprobs,
         advantages,
@@ -239,8 +852,8 @@ def grpo_loss(
         importance_mode,
     )
     check_needs(beta, ref_logprobs, entropy_quantile, entropy_coef, entropies)
-    divisor, count = (normalizer, None) if isinstance(normalizer, Tensor) else (None, normalizer)
-    loss, per_token, metrics = _forward(
+    divisor, count = (normalizer.to(logprobs.device), None) if isinstance(normalizer, Tensor) else (None, normalizer)
+    loss, per_token, metrics, _ = _forward(
         logprobs,
         entropies,
         advantages,
@@ -251,7 +864,9 @@ def grpo_loss(
         sampling_logprobs,
         divisor,
         pack(
-            clip_low, clip_high, delta, beta, importance_floor, importance_cap, off_policy_threshold,
+            clip_low, clip_low if clip_high is None else clip_high, math.inf if delta is None else delta, beta,
+            0.0 if importance_floor is None else importance_floor,
+            math.inf if importance_cap is None else importance_cap, off_policy_threshold,
             entropy_quantile, entropy_coef, count, *sapo_temperature, *vespo,
         ),
         group_size,
@@ -260,5 +875,6 @@ def grpo_loss(
         importance_level,
         kl_estimator,
         importance_mode,
+        triton,
     )  # fmt: skip
     return GRPOLoss(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), per_token, logprobs.detach())

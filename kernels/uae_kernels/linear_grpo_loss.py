@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from ._common import GRPOLoss, check_impl
+from ._common import GRPOLoss
+from .advantages import group_advantages
 from .grpo_loss import grpo_loss
-from .linear_logprobs import linear_logprobs
+from .linear_logprobs import active_logprobs
 from .reference.linear_grpo_loss import mask_targets
 from .reference.linear_logprobs import check_linear
 
@@ -50,13 +51,14 @@ def linear_grpo_loss(
 
     Args:
         hidden: (B, T, H) floats; hidden[:, t] predicts targets[:, t].
-        weight: (V, H) of the head. Frozen, forward and backward cost two matrix products, whatever the loss.
+        weight: (V, H) of the head. Frozen, forward and backward cost two matrix products, whatever the loss;
+            tokens of advantage 0 take no part in the second while beta and entropy_coef are 0.
         targets: (B, T) int64 or int32. A position counts where `mask` is nonzero (None: everywhere) and its
             id lies in [0, V): the others cost nothing on a CPU.
         entropies: (B, T) to use instead of the head's own, which are computed where entropy_quantile or
             entropy_coef asks for them (with a gradient, a third product, for the latter).
         bias, temperature, softcap, logit_scale: of the head, as in `linear_logprobs`.
-        impl: "auto" and "torch" run PyTorch; "triton" raises.
+        impl: as in `linear_logprobs` and `grpo_loss`.
 
     Returns:
         GRPOLoss; `logprobs` (B, T) are those of this call, the next update's `old_logprobs`.
@@ -64,21 +66,13 @@ def linear_grpo_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as `linear_logprobs` and `grpo_loss`.
     """
-    check_impl("linear_grpo_loss", impl)
     check_linear(hidden, weight, targets, bias, temperature, softcap)
     mask, targets = mask_targets(mask, targets, weight.shape[0])
     wants_entropy = entropies is None and (entropy_quantile is not None or entropy_coef != 0.0)
-    logprobs = linear_logprobs(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        return_entropy=wants_entropy,
-        entropy_grad=wants_entropy and entropy_coef != 0.0,
-    )
+    logprobs = active_logprobs(
+        hidden, weight, targets, _active(mask, advantages, rewards, group_size, beta, entropy_coef), bias, temperature,
+        softcap, logit_scale, -100, wants_entropy, wants_entropy and entropy_coef != 0.0, impl,
+    )  # fmt: skip
     if wants_entropy:
         logprobs, entropies = logprobs
     assert isinstance(logprobs, Tensor)
@@ -109,4 +103,26 @@ def linear_grpo_loss(
         entropy_coef=entropy_coef,
         normalizer=normalizer,
         max_length=max_length,
+        impl=impl,
     )
+
+
+def _active(
+    mask: Tensor,
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    group_size: int | None,
+    beta: float,
+    entropy_coef: float,
+) -> Tensor | None:
+    """The tokens (B, T) that a gradient reaches: with advantage 0 none does, unless a KL or an entropy term brings
+    one."""
+    if beta != 0.0 or entropy_coef != 0.0:
+        return None
+    if advantages is None:
+        if rewards is None or group_size is None or rewards.shape != mask.shape[:1] or len(rewards) % group_size:
+            return None  # an error, which grpo_loss names
+        advantages = group_advantages(rewards.detach(), group_size)
+    if advantages.shape not in (mask.shape, mask.shape[:1]):
+        return None
+    return mask & (advantages != 0 if advantages.dim() == 2 else (advantages != 0)[:, None])

@@ -1,188 +1,552 @@
 """Log-probabilities of a language-model head without its (N, V) logits."""
 
-from collections.abc import Iterator
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._common import check_impl, compute_dtype, pack_head, unpack_head
+from . import _linear_tiles, _triton
+from ._common import compute_dtype, pack_head, unpack_head
+from ._triton import dot, fp64, jit, launch, log1p, narrow, tanh, tl, use_triton
 from .reference.linear_logprobs import check_linear
 from .reference.token_logprobs import is_scored
 
-# Libraries choose another algorithm for another row count, and treat the rows of an odd-sized product
-# unequally: every product has ROWS rows and multiples of ALIGN elsewhere, filled up with zeros.
-ROWS = {"cpu": 128, "cuda": 512}
-COLUMNS = {"cpu": 1024, "cuda": 16384}
-ALIGN = 16
-TILES = 16  # row tiles that share one pass over the vocabulary
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor = None
 
-UNSEEN = -1e30  # the running maximum before the first logit: finite, so that no −inf − −inf arises
-LOWEST = -1e4  # exp() is 0 from here on, and 0·LOWEST is 0 where 0·−inf is NaN
+UNSEEN = tl.constexpr(-(2.0**100))  # the exponent of a tile of −inf logits: finite, so that no −inf − −inf arises
+LOWEST = tl.constexpr(-1e4)  # 2^x is 0 from here on, and 0·LOWEST is 0 where 0·−inf is NaN
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGN) * ALIGN
+SCRATCH = 160_000_000  # bytes of e^z that exist at a time: 512 rows of a vocabulary of 151,936 in bf16
 
 
-class _Head:
-    """The weight in pieces that a matrix product takes, and the map from h·Wᵀ to scaled logits."""
+class Tiles(NamedTuple):
+    """The block sizes of a product A·B: rows, columns and depth; B's tile of the first product spans the vocabulary."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, packed: Tensor):
-        self.weight, self.bias, self.dtype = weight, bias, compute_dtype(weight)
-        self.temperature, self.softcap, self.logit_scale = unpack_head(packed)
-        self.scale = self.logit_scale / self.temperature  # d logit/d(h·Wᵀ), apart from the softcap's slope
-        device = weight.device.type
-        self.rows, self.columns = ROWS.get(device, ROWS["cuda"]), COLUMNS.get(device, COLUMNS["cuda"])
-        # A GPU multiplies bf16 and returns fp32; elsewhere operands are widened, with products exact in fp32.
-        mixed = weight.is_cuda and weight.dtype == torch.bfloat16 and hasattr(torch.ops.aten.mm, "dtype_out")
-        self.operand = weight.dtype if mixed else self.dtype
-        self.width = _aligned(weight.shape[1])
-
-    def chunks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(first token, one past the last, their piece of the weight): (columns, H), both aligned."""
-        vocabulary, width = self.weight.shape
-        buffer = self.weight.new_zeros(min(self.columns, _aligned(vocabulary)), self.width, dtype=self.operand)
-        for start in range(0, vocabulary, self.columns):
-            stop = min(start + self.columns, vocabulary)
-            chunk = self.weight[start:stop]
-            if chunk.dtype != self.operand or chunk.shape != (_aligned(stop - start), self.width):
-                buffer[: stop - start, :width] = chunk
-                chunk = buffer[: _aligned(stop - start)]
-                chunk[stop - start :] = 0
-            yield start, stop, chunk
-
-    def row_tiles(self, scored: Tensor) -> list[Tensor]:
-        """Row numbers in tiles; ignored rows are left out where that needs no device synchronisation."""
-        rows = (
-            scored.nonzero()[:, 0] if scored.device.type == "cpu" else torch.arange(len(scored), device=scored.device)
-        )
-        return list(rows.split(self.rows)) if len(rows) else []
-
-    def gather(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """The (ROWS, H) operand of some rows, filled up with zeros."""
-        tile = hidden.new_zeros(self.rows, self.width, dtype=self.operand)
-        tile[: len(rows), : hidden.shape[1]] = hidden.index_select(0, rows).to(self.weight.dtype)
-        return tile
-
-    def logits(self, tile: Tensor, chunk: Tensor, start: int, stop: int, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        """z (ROWS, columns) in `out`'s memory, −inf in the columns that fill up, and the softcap's slope."""
-        z = out[: self.rows * len(chunk)].view(self.rows, len(chunk))
-        if z.dtype == chunk.dtype:
-            torch.mm(tile, chunk.T, out=z)
-        else:
-            torch.ops.aten.mm.dtype_out(tile, chunk.T, z.dtype, out=z)
-        if self.bias is not None:
-            z[:, : stop - start].add_(self.bias[start:stop])
-        z, slope = self.transform(z)
-        z[:, stop - start :] = -torch.inf
-        return z, slope
-
-    def transform(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """softcap·tanh(logit_scale·z/softcap)/temperature in place, and the slope 1 − tanh², if any."""
-        if self.softcap is None:
-            return (z if self.scale == 1 else z.mul_(self.scale)), None
-        z.mul_(self.logit_scale / self.softcap).tanh_()
-        slope = z.square().neg_().add_(1)
-        return z.mul_(self.softcap / self.temperature), slope
-
-    def accumulate(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """out += a·b."""
-        if out.dtype == b.dtype:
-            torch.addmm(out, a, b, out=out)
-        else:
-            torch.ops.aten.addmm.dtype_out(out, a.to(b.dtype), b, out.dtype, out=out)
-
-    def exact(self, tile: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """One token a row: its logit (ROWS, 1) in fp64, its weight times the softcap's slope (ROWS, H)."""
-        index = tokens[:, 0].clamp(0, len(self.weight) - 1)
-        weight = self.weight.index_select(0, index)
-        z = (tile[:, : weight.shape[1]].double() * weight).sum(1, keepdim=True)
-        if self.bias is not None:
-            z.add_(self.bias.index_select(0, index)[:, None])
-        z, slope = self.transform(z)
-        return z, weight.to(self.dtype) if slope is None else weight * slope.to(self.dtype)
-
-    def scratch(self) -> Tensor:
-        return self.weight.new_empty(self.rows * self.columns, dtype=self.dtype)
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
 
 
-class _Rows:
-    """One row tile during the sweep over the vocabulary, anchored at each row's running maximum.
+# By compute capability, bytes of an element, and whether much stands in registers beside the accumulator (a softcap, an
+# entropy's gradient, a sum to add to). An entry serves the chips above it up to the next one.
+TILES = {
+    (0, 2, False): Tiles(16, 32, 16, 4, 1),  # the interpreter
+    (0, 4, False): Tiles(16, 32, 16, 4, 1),
+    (80, 2, False): Tiles(128, 128, 32, 8, 4),
+    (80, 4, False): Tiles(64, 64, 16, 4, 2),
+    (80, 4, True): Tiles(64, 32, 16, 4, 2),
+    (90, 2, False): Tiles(128, 256, 64, 8, 3),
+    (90, 2, True): Tiles(128, 128, 64, 8, 3),
+    (100, 2, False): Tiles(128, 128, 64, 8, 3),
+    (100, 2, True): Tiles(128, 64, 64, 8, 3),
+    (120, 2, False): Tiles(128, 128, 32, 8, 3),
+}
+SPLITS = (
+    4  # parts of the vocabulary that are summed side by side: 4·(512/128)·(2048/256) programs for 132 multiprocessors
+)
 
-    The target's own term is left out of the sums and added at the end: 1 − p is then a sum, not a difference.
+
+def tiles_for(tensor: Tensor, crowded: bool = False) -> Tiles:
+    chip, size = _triton.capability(tensor), 4 if tensor.dtype == torch.float32 else 2
+    return TILES[max(key for key in TILES if key[0] <= chip and key[1] == size and key[2] <= crowded)]
+
+
+def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
+    """A tensor-memory descriptor of x (rows, columns) tiles, or None where the chip or the strides want pointers."""
+    fits = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    if TensorDescriptor is None or not fits or not 90 <= _triton.capability(x) < 120:
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+@jit()
+def _load(
+    x, descriptor, row, column, rows, columns, stride_row, stride_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The (ROWS, COLUMNS) tile of x (rows, columns) at (row, column), 0 outside."""
+    if descriptor is not None:
+        return descriptor.load([tl.cast(row, tl.int32), tl.cast(column, tl.int32)])
+    i, j = row + tl.arange(0, ROWS).to(tl.int64), column + tl.arange(0, COLUMNS).to(tl.int64)
+    inside = (i < rows)[:, None] & (j < columns)[None, :]
+    return tl.load(x + i[:, None] * stride_row + j[None, :] * stride_column, mask=inside, other=0.0)
+
+
+@jit()
+def _exp2_of_integer(k):
+    """Exactly 2^k for an integer k ≤ 0, 0 below 2^−126."""
+    return ((tl.maximum(k, -127.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@jit()
+def _scores(
+    hidden, hidden_descriptor, weight, weight_descriptor, bias, row, token, rows, vocabulary, width, pitch,
+    stride_token, stride_width, pre, post, SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """z·log₂e of a (ROWS, COLUMNS) tile, and the softcap's slope 1 − tanh² (1 without one)."""
+    z = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in tl.range(0, width, DEPTH):
+        h = _load(hidden, hidden_descriptor, row, k, rows, width, pitch, 1, ROWS, DEPTH)
+        w = _load(weight, weight_descriptor, token, k, vocabulary, width, stride_token, stride_width, COLUMNS, DEPTH)
+        z = dot(h, tl.trans(w), z)
+    if bias is not None:
+        tokens = token + tl.arange(0, COLUMNS)
+        z += tl.load(bias + tokens, mask=tokens < vocabulary, other=0.0).to(tl.float32)[None, :]
+    if SOFTCAP:
+        z = tanh(z * pre)
+        return z * post, 1 - z * z
+    return z * post, tl.full((ROWS, COLUMNS), 1.0, tl.float32)
+
+
+@jit("first", "row_tiles", "pitch", "pre", "post")
+def _exponentials_kernel(
+    hidden, hidden_descriptor, weight, weight_descriptor, bias, targets, counts, peaks, totals, moments, e, ex,
+    first, row_tiles, rows, vocabulary, width, pitch, stride_token, stride_width, stride_e, pre, post,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One tile of e = 2^(z·log₂e − k) with k = ⌈the row's largest z·log₂e in the tile⌉, without the target's own.
+
+    k is an integer: to rescale e from one anchor to another loses nothing,
+    and nothing can overflow. Per tile and row: k,
+    Σ e and, in base 2, Σ e·x, x = z·log₂e − k. e·s and e·x·ln 2·s (s the softcap's slope) go to the scratch.
     """
+    program = tl.program_id(0).to(tl.int64)
+    row, token = (program % row_tiles) * ROWS, (program // row_tiles) * COLUMNS
+    if first + row >= tl.load(counts + 1):
+        return
+    z, slope = _scores(
+        hidden, hidden_descriptor, weight, weight_descriptor, bias, row, token, rows, vocabulary, width, pitch,
+        stride_token, stride_width, pre, post, SOFTCAP, ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
+    i, tokens = row + tl.arange(0, ROWS), token + tl.arange(0, COLUMNS)
+    target = tl.load(targets + i)
+    z = tl.where((tokens < vocabulary)[None, :] & (tokens[None, :] != target[:, None]), z, -float("inf"))
+    peak = tl.max(z, 1)
+    peak = tl.where(peak == -float("inf"), UNSEEN, tl.ceil(peak))
+    x = z - peak[:, None]
+    p = tl.exp2(x)
+    at = (program // row_tiles) * rows + i
+    tl.store(peaks + at, peak)
+    tl.store(totals + at, tl.sum(p, 1))
+    x = p * tl.where(x < LOWEST, LOWEST, x)
+    if moments is not None:
+        tl.store(moments + at, tl.sum(x, 1))
+    place = i[:, None] * stride_e + tokens[None, :]
+    if e is not None:
+        tl.store(e + place, narrow(p * slope, e.dtype.element_ty))
+    if ex is not None:
+        tl.store(ex + place, narrow(x * (slope * LN2), ex.dtype.element_ty))
 
-    def __init__(self, head: _Head, hidden: Tensor, targets: Tensor, rows: Tensor, entropy: bool, order: int):
-        self.head, self.rows, self.entropy = head, rows, entropy
-        self.hidden = head.gather(hidden, rows)
-        self.target = targets.new_full((head.rows, 1), -1)
-        self.target[: len(rows), 0] = targets.index_select(0, rows)
-        # The logits that matter most, the target's and the largest, are taken in fp64: single dot products.
-        self.z_target, self.w_target = head.exact(self.hidden, self.target)
-        self.top = self.z_target.to(head.dtype).clamp(min=UNSEEN)
-        self.winner = torch.full_like(self.target, -1)  # the largest logit's token, if it is not the target
-        # Σ e^x and Σ e^x·x over the other tokens, x = z − top
-        self.rest, self.rest_x = torch.zeros_like(self.top), torch.zeros_like(self.top)
-        # Σ e^x·s·W (order 1) and Σ e^x·x·s·W (order 2), s the softcap's slope
-        self.sums = [hidden.new_zeros(head.rows, head.width, dtype=head.dtype) for _ in range(order)]
 
-    def add(self, start: int, stop: int, chunk: Tensor, out: Tensor) -> None:
-        z, slope = self.head.logits(self.hidden, chunk, start, stop, out)
-        inside = (self.target >= start) & (self.target < stop)
-        index = (self.target - start).clamp_(0, stop - start - 1)
-        z.scatter_(1, index, torch.where(inside, -torch.inf, z.gather(1, index)))
+@jit("first", "n", "pitch", "temperature", "pre", "post", "scale")
+def _finish_kernel(
+    hidden, weight, bias, targets, index, counts, peaks, totals, moments, logprobs, entropies, lses, top, coefficients,
+    first, n, rows, tiles, width, pitch, stride_token, stride_width, pre, post, scale,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """log p, entropy and log Σ e^z of ROWS rows from their tiles, and what `_jacobian_kernel` needs.
 
-        largest, index = z.max(1, keepdim=True)
-        self.winner = torch.where(largest > self.top, index + start, self.winner)
-        top = torch.maximum(self.top, largest)
-        x, shift = z.sub_(top), self.top - top
-        shrink = shift.exp()
-        if self.entropy:
-            e = x.clamp_(min=LOWEST).exp()
-            x.mul_(e)
-            self.rest_x = shrink * (self.rest_x + shift * self.rest) + x.sum(1, keepdim=True)
-        else:
-            e = x.exp_()
-        self.rest = shrink * self.rest + e.sum(1, keepdim=True)
-        self.top = top
-        if not self.sums:
+    The target's logit, on which log p depends most, is taken in fp64. Its term was left out of the sums: 1 − p is
+    then a
+    sum and not a difference.
+    """
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    known = (i < rows) & (first + i < n)
+    place = tl.load(index + first + i, mask=known, other=0)
+    scored = known & (first + i < tl.load(counts + 1))
+    target = tl.load(targets + i, mask=scored, other=0)
+
+    z = tl.zeros((ROWS,), tl.float64)
+    for k in range(0, width, DEPTH):
+        column = k + tl.arange(0, DEPTH)
+        inside = scored[:, None] & (column < width)[None, :]
+        h = tl.load(hidden + i[:, None] * pitch + column[None, :], mask=inside, other=0.0)
+        at = target[:, None] * stride_token + column[None, :].to(tl.int64) * stride_width
+        w = tl.load(weight + at, mask=inside, other=0.0)
+        z += tl.sum(h.to(tl.float32).to(tl.float64) * w.to(tl.float32).to(tl.float64), 1)
+    if bias is not None:
+        z += tl.load(bias + target, mask=scored, other=0.0).to(tl.float32).to(tl.float64)
+    slope = tl.full((ROWS,), 1.0, tl.float32)
+    if SOFTCAP:
+        capped = tanh(z.to(tl.float32) * pre)
+        slope = 1 - capped * capped
+        z = capped.to(tl.float64)
+    z *= post
+
+    peak = tl.full((ROWS,), UNSEEN, tl.float32)
+    for t in range(0, tiles):
+        peak = tl.maximum(peak, tl.load(peaks + t * rows + i, mask=scored, other=UNSEEN))
+    rest, moment = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for t in range(0, tiles):
+        shift = tl.load(peaks + t * rows + i, mask=scored, other=UNSEEN) - peak
+        total = tl.load(totals + t * rows + i, mask=scored, other=0.0)
+        rest += _exp2_of_integer(shift) * total
+        if moments is not None:
+            part = tl.load(moments + t * rows + i, mask=scored, other=0.0)
+            moment += _exp2_of_integer(shift) * (part + tl.maximum(shift, LOWEST) * total)
+
+    # From here on relative to the larger of the peak and the target's own logit, and in base e.
+    largest = tl.maximum(peak.to(tl.float64), tl.where(z == -float("inf"), UNSEEN, z))
+    x = ((z - largest) * LN2).to(tl.float32)
+    shift = (peak.to(tl.float64) - largest).to(tl.float32)
+    shrink = tl.exp2(shift)
+    moment = shrink * (moment + tl.maximum(shift, LOWEST) * rest) * LN2
+    rest *= shrink
+    own = tl.exp(x)
+    dead = largest <= UNSEEN  # every logit is −inf
+    total = tl.where(dead, 1.0, rest + own)
+    log_total = tl.where(x == 0, log1p(rest), tl.log(total))
+    logp = tl.where(dead, -float("inf"), x - log_total)
+    logp = tl.where(logp > 0, 0.0, logp)
+    x = tl.where(x < LOWEST, LOWEST, x)
+    entropy = tl.where(dead, 0.0, log_total - (moment + own * x) / total)
+    tl.store(logprobs + place, tl.where(scored, logp, 0.0), mask=known)
+    tl.store(entropies + place, tl.where(scored, entropy, 0.0), mask=known)
+    lse = tl.where(dead, -float("inf"), (largest * LN2).to(tl.float32) + log_total)
+    tl.store(lses + place, tl.where(scored, lse, 0.0), mask=known)
+    if top is not None:
+        tl.store(top + i, peak, mask=i < rows)
+        scale = tl.where(scored & (largest > UNSEEN), scale, 0.0)
+        # d log p/dh = scale·[(1 − p_y)·s_y·W_y − Σ_{v≠y} p_v·s_v·W_v]
+        tl.store(coefficients + i, scale * slope * rest / total, mask=i < rows)
+        tl.store(coefficients + rows + i, -scale * shrink / total, mask=i < rows)
+        # dH/dh = −scale·Σ_v p_v·s_v·(log p_v + H)·W_v, with log p_v + H = x_v + mean
+        mean = entropy - log_total
+        tl.store(coefficients + 2 * rows + i, -scale * slope * own * (x + mean) / total, mask=i < rows)
+        tl.store(coefficients + 3 * rows + i, -scale * shrink / total * (shift * LN2 + mean), mask=i < rows)
+
+
+@jit("row_tiles", "first", "depth", "rows", "stride_a", "stride_a_depth")
+def _product_kernel(
+    a, a_descriptor, ax, b, b_descriptor, out, peaks, top, count,
+    first, row_tiles, rows, columns, depth, part, tile_rows, stride_a, stride_a_depth, stride_b, stride_b_column,
+    stride_part, stride_out,
+    ADD: tl.constexpr, TRANSPOSED: tl.constexpr, SPAN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """out[s] = Σ_{k in part s} a_k·b_k (or += with ADD), one (ROWS, COLUMNS) tile of one part a program.
+
+    With `peaks`, a's columns k are first brought from the anchor of their tile of SPAN columns to the row's, `top`:
+    a times
+    2^(peak − top), exact in a's dtype; with `ax` as well, what is summed is Σ e·x with x relative to that anchor.
+    TRANSPOSED: a is (depth, rows) in memory, and only its tiles of SPAN rows up to `count` are filled.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    row, rest = (program % row_tiles) * ROWS, program // row_tiles
+    column, s = (rest % column_tiles) * COLUMNS, rest // column_tiles
+    start = s * part
+    stop = tl.minimum(start + part, depth)
+    if TRANSPOSED:
+        stop = tl.minimum(stop, tl.cdiv(tl.load(count), SPAN) * SPAN)
+    elif count is not None:
+        if first + row >= tl.load(count):  # noqa: SIM102 (`and` would load from no pointer)
             return
-        if len(self.sums) == 2:
-            self.sums[1].addcmul_(self.sums[0], shift).mul_(shrink)
-            self.head.accumulate(x if slope is None else x.mul_(slope), chunk, self.sums[1])
-        self.sums[0].mul_(shrink)
-        self.head.accumulate(e if slope is None else e.mul_(slope), chunk, self.sums[0])
+    i = row + tl.arange(0, ROWS)
+    if peaks is not None:
+        anchor = tl.load(top + i)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in tl.range(start, stop, DEPTH):
+        if TRANSPOSED:
+            x = tl.trans(_load(a, a_descriptor, k, row, depth, rows, stride_a_depth, stride_a, DEPTH, ROWS))
+        else:
+            x = _load(a, a_descriptor, row, k, rows, depth, stride_a, stride_a_depth, ROWS, DEPTH)
+        if peaks is not None:
+            shift = tl.load(peaks + (k // SPAN) * tile_rows + i) - anchor
+            scale = _exp2_of_integer(shift)[:, None]
+            if ax is not None:
+                y = _load(ax, None, row, k, rows, depth, stride_a, stride_a_depth, ROWS, DEPTH).to(tl.float32)
+                x = narrow((y + tl.maximum(shift, LOWEST)[:, None] * LN2 * x.to(tl.float32)) * scale, x.dtype)
+            else:
+                x = (x.to(tl.float32) * scale).to(x.dtype)  # exact
+        y = _load(b, b_descriptor, k, column, depth, columns, stride_b, stride_b_column, DEPTH, COLUMNS)
+        total = dot(x, y, total)
+    j = column + tl.arange(0, COLUMNS)
+    inside = (i < rows)[:, None] & (j < columns)[None, :]
+    place = out + s * stride_part + i[:, None] * stride_out + j[None, :]
+    if ADD:
+        total += tl.load(place, mask=inside, other=0.0)
+    tl.store(place, narrow(total, out.dtype.element_ty), mask=inside)
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """log p, entropy, log Σ e^z, and the rows d log p/d hidden and d entropy/d hidden."""
-        head = self.head
-        z_winner, w_winner = head.exact(self.hidden, self.winner)
-        error = torch.where(self.winner >= 0, z_winner - self.top, 0).to(head.dtype)
-        corrections = torch.expm1(error), error.exp() * error
-        self.rest, self.rest_x = self.rest + corrections[0], self.rest_x + corrections[1]
-        sums = [s[:, : w_winner.shape[1]] + c * w_winner for s, c in zip(self.sums, corrections, strict=False)]
 
-        x = (self.z_target - self.top).to(head.dtype)
-        e = x.exp()
-        dead = self.top <= UNSEEN  # every logit is −inf
-        total = torch.where(dead, 1, self.rest + e)
-        log_total = torch.log1p(self.rest + torch.expm1(x))
-        logp = torch.where(dead, -torch.inf, (x - log_total).clamp(max=0))
-        lse = torch.where(dead, -torch.inf, self.top + log_total)
-        x = x.clamp(min=LOWEST)
-        entropy = torch.where(dead, 0, log_total - (self.rest_x + e * x) / total)
-        jacobians = []
-        if sums:
-            # d log p/dh = scale·[(1 − p_y)·s_y·W_y − Σ_{v≠y} p_v·s_v·W_v]
-            rows = (self.rest / total) * self.w_target - sums[0] / total
-            jacobians.append(torch.where(dead, 0, rows * head.scale))
-        if len(sums) == 2:
-            # dH/dh = −scale·Σ_v p_v·s_v·(log p_v + H)·W_v, log p = x − log Σ e^x
-            first, second = sums[0] + e * self.w_target, sums[1] + (e * x) * self.w_target
-            rows = second / total + (entropy - log_total) * (first / total)
-            jacobians.append(torch.where(dead, 0, rows * -head.scale))
-        return logp[:, 0], entropy[:, 0], lse[:, 0], jacobians
+@jit("first", "n")
+def _jacobian_kernel(
+    parts, weight, targets, index, counts, coefficients, jacobian, entropy_jacobian,
+    first, n, rows, width, pitch, stride_token, stride_width,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """d log p/dh and, if asked for, d entropy/dh from the sums over parts of the vocabulary, for the active rows."""
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    j = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    known = (i < rows) & (first + i < n)
+    active = known & (first + i < tl.load(counts))
+    place = tl.load(index + first + i, mask=known, other=0)[:, None] * width + j[None, :]
+    inside = active[:, None] & (j < width)[None, :]
+    target = tl.load(targets + i, mask=active, other=0)
+    w = tl.load(weight + target[:, None] * stride_token + j[None, :] * stride_width, mask=inside, other=0.0)
+    w = w.to(tl.float32)
+    part = parts + i[:, None] * pitch + j[None, :]
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for s in tl.static_range(SPLITS):
+        sums += tl.load(part + s * rows * pitch, mask=inside, other=0.0)
+    own = tl.load(coefficients + i, mask=active, other=0.0)[:, None]
+    others = tl.load(coefficients + rows + i, mask=active, other=0.0)[:, None]
+    written = known[:, None] & (j < width)[None, :]
+    tl.store(jacobian + place, own * w + others * sums, mask=written)
+    if entropy_jacobian is not None:
+        moments = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for s in tl.static_range(SPLITS):
+            moments += tl.load(part + (SPLITS + s) * rows * pitch, mask=inside, other=0.0)
+        own = tl.load(coefficients + 2 * rows + i, mask=active, other=0.0)[:, None]
+        mean = tl.load(coefficients + 3 * rows + i, mask=active, other=0.0)[:, None]
+        tl.store(entropy_jacobian + place, own * w + others * moments + mean * sums, mask=written)
+
+
+@jit("row_tiles", "base", "rows", "vocabulary", "pre", "post", "scale")
+def _dlogits_kernel(
+    hidden, hidden_descriptor, weight, weight_descriptor, bias, targets, grads, entropy_grads, lses, entropies, counts,
+    out, bias_parts, row_tiles, base, rows, vocabulary, width, pitch, stride_token, stride_width, stride_out, pre,
+    post, scale,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """dL/d(h·Wᵀ) of one tile, dL/dz_v = g·([v = y] − p_v) − g_H·p_v·(log p_v + H), from logits computed again.
+
+    Columns count from token `base` in `out` and in the weight's descriptor; bias_parts takes the tile's sum over its
+    rows.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row, column = (program % row_tiles) * ROWS, (program // row_tiles) * COLUMNS
+    i, j = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    if row >= tl.load(counts + 1):
+        if bias_parts is not None:
+            tl.store(bias_parts + (program % row_tiles) * stride_out + j, tl.zeros((COLUMNS,), tl.float32))
+        return
+    z, slope = _scores(
+        hidden, hidden_descriptor, weight, weight_descriptor, bias, row, base + column, rows, vocabulary, width, pitch,
+        stride_token, stride_width, pre, post, SOFTCAP, ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
+    log_p = z - tl.load(lses + i)[:, None] * LOG2E
+    p = tl.exp2(log_p)
+    g = tl.load(grads + i)[:, None]
+    weighted = g
+    if entropy_grads is not None:
+        log_p = tl.where(log_p < LOWEST, LOWEST, log_p) * LN2
+        weighted += tl.load(entropy_grads + i)[:, None] * (log_p + tl.load(entropies + i)[:, None])
+    dz = tl.where((base + j)[None, :] == tl.load(targets + i)[:, None], g, 0.0) - p * weighted
+    dz = tl.where((base + j < vocabulary)[None, :], dz * slope * scale, 0.0)
+    tl.store(out + i[:, None] * stride_out + j[None, :], narrow(dz, out.dtype.element_ty))
+    if bias_parts is not None:
+        tl.store(bias_parts + (program % row_tiles) * stride_out + j, tl.sum(dz, 0))
+
+
+def _numbers(packed: Tensor) -> tuple[bool, float, float, float]:
+    """Whether there is a softcap, what multiplies h·Wᵀ before and after its tanh (in base 2), and d z/d(h·Wᵀ)."""
+    temperature, softcap, logit_scale = unpack_head(packed)
+    scale = logit_scale / temperature
+    if softcap is None:
+        return False, 1.0, scale / math.log(2), scale
+    return True, logit_scale / softcap, softcap / temperature / math.log(2), scale
+
+
+def _whole(size: int, of: int) -> int:
+    return -(-size // of) * of
+
+
+class _Order(NamedTuple):
+    """Rows as the kernels take them: active ones first, then scored ones, then the rest; counted on the device."""
+
+    index: Tensor  # (N,) where each row stands in the caller's order
+    counts: Tensor  # (2,) active rows, scored rows
+
+    @staticmethod
+    def of(scored: Tensor, active: Tensor | None) -> "_Order":
+        chosen = scored if active is None else scored & active
+        index = torch.where(chosen, 0, torch.where(scored, 1, 2)).argsort(stable=True)
+        return _Order(index, torch.stack([chosen.sum(), scored.sum()]))
+
+    def pack(self, x: Tensor, scored: Tensor, start: int, rows: int, fill: float, dtype: torch.dtype) -> Tensor:
+        """(rows, ...) of x from row `start` of this order on; `fill` where nothing is scored."""
+        index = self.index[start : start + rows]
+        kept = scored.index_select(0, index).view(-1, *[1] * (x.dim() - 1))
+        out = x.new_full((rows, *([_whole(x.shape[1], 16)] if x.dim() == 2 else [])), fill, dtype=dtype)
+        out[(slice(len(index)), *[slice(size) for size in x.shape[1:]])] = torch.where(
+            kept, x.index_select(0, index).to(dtype), fill
+        )
+        return out
+
+
+def _product(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    depth: int,
+    splits: int = 1,
+    row_tiles: int | None = None,
+    count: Tensor | None = None,
+    first: int = 0,
+    anchors: tuple[Tensor, Tensor, int] | None = None,
+    moments: Tensor | None = None,
+    add: bool = False,
+    filled: int | None = None,
+) -> None:
+    """out (splits, rows, columns) = the product of a (rows, depth) and b (depth, columns).
+
+    With `filled` a is (depth, rows) in memory, filled in tiles of that many rows up to `count`.
+    """
+    transposed = filled is not None
+    tile = tiles_for(b, crowded=add or moments is not None)
+    peaks, top, span = anchors or (None, None, filled or tile.depth)
+    rows, columns = out.shape[1], b.shape[1]
+    part = _whole(-(-depth // splits), max(span, tile.depth))
+    if row_tiles is None:
+        row_tiles = -(-rows // tile.rows)
+    strides = a.stride()[::-1] if transposed else a.stride()
+    launch(
+        _product_kernel, (row_tiles * -(-columns // tile.columns) * splits,), a,
+        _descriptor(a, tile.depth, tile.rows) if transposed else _descriptor(a, tile.rows, tile.depth), moments,
+        b, _descriptor(b, tile.depth, tile.columns), out, peaks, top, count,
+        first, row_tiles, rows, columns, depth, part, rows, *strides, *b.stride(), out.stride(0), out.stride(1),
+        ADD=add, TRANSPOSED=transposed, SPAN=span, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _fused_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    active: Tensor | None,
+    packed: Tensor,
+    ignore_index: int,
+    entropy: bool,
+    order: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_linear_tiles.forward` by the kernels: per block of rows one product, statistics, and `order` more products."""
+    softcap, *numbers, scale = _numbers(packed)
+    (n, width), vocabulary = hidden.shape, len(weight)
+    tile, device = tiles_for(weight, crowded=softcap or order == 2), hidden.device
+    vocab_tiles = -(-vocabulary // tile.columns)
+    padded, pitch = vocab_tiles * tile.columns, _whole(width, 16)
+    bytes_per_row = order * padded * weight.element_size() + 12 * vocab_tiles
+    rows = max(min(_whole(n, tile.rows), SCRATCH // bytes_per_row // tile.rows * tile.rows), tile.rows)
+
+    def scratch(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=device) if wanted else None
+
+    logprobs, entropies, lses = (torch.empty(n, device=device) for _ in range(3))
+    jacobians = [torch.empty(n if k < order else 0, width, device=device) for k in range(2)]
+    scored = is_scored(targets, vocabulary, ignore_index)
+    sequence = _Order.of(scored, active)
+    peaks, totals = scratch(vocab_tiles, rows), scratch(vocab_tiles, rows)
+    moments = scratch(vocab_tiles, rows, wanted=entropy or order == 2)
+    e = scratch(rows, padded, wanted=order > 0, dtype=weight.dtype)
+    ex = scratch(rows, padded, wanted=order == 2, dtype=weight.dtype)
+    top, coefficients = scratch(rows, wanted=order > 0), scratch(4, rows, wanted=order > 0)
+    parts = scratch(order, SPLITS, rows, pitch, wanted=order > 0)
+    options = dict(num_warps=tile.warps, num_stages=tile.stages)
+    shape = dict(ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth)
+    for first in range(0, n, rows):
+        row_tiles = -(-min(rows, n - first) // tile.rows)
+        packed_hidden = sequence.pack(hidden, scored, first, rows, 0, weight.dtype)
+        packed_targets = sequence.pack(targets, scored, first, rows, -1, torch.int64)
+        launch(
+            _exponentials_kernel, (row_tiles * vocab_tiles,), packed_hidden,
+            _descriptor(packed_hidden, tile.rows, tile.depth), weight, _descriptor(weight, tile.columns, tile.depth),
+            bias,
+            packed_targets, sequence.counts, peaks, totals, moments, e, ex, first, row_tiles, rows, vocabulary,
+            width, pitch,
+            *weight.stride(), padded, *numbers, SOFTCAP=softcap, **shape, **options,
+        )  # fmt: skip
+        launch(
+            _finish_kernel, (-(-rows // 16),), packed_hidden, weight, bias, packed_targets, sequence.index,
+            sequence.counts,
+            peaks, totals, moments, logprobs, entropies, lses, top, coefficients, first, n, rows, vocab_tiles, width,
+            pitch,
+            *weight.stride(), *numbers, scale, SOFTCAP=softcap, ROWS=16, DEPTH=128, num_warps=4,
+        )  # fmt: skip
+        for k in range(order):
+            _product(
+                e, weight, parts[k], depth=vocabulary, splits=SPLITS, row_tiles=row_tiles, count=sequence.counts,
+                first=first, anchors=(peaks, top, tile.columns), moments=ex if k else None,
+            )  # fmt: skip
+        if order:
+            launch(
+                _jacobian_kernel, (-(-rows // 16), -(-width // 128)), parts, weight, packed_targets, sequence.index,
+                sequence.counts, coefficients, jacobians[0], jacobians[1] if order == 2 else None,
+                first, n, rows, width, pitch, *weight.stride(), SPLITS=SPLITS, ROWS=16, COLUMNS=128, num_warps=4,
+            )  # fmt: skip
+    return logprobs, entropies, lses, jacobians[0], jacobians[1]
+
+
+def _fused_backward(
+    grad: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    ignore_index: int,
+    with_entropy: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_linear_tiles.backward` by the kernels, a piece of the vocabulary at a time."""
+    softcap, *numbers, scale = _numbers(packed)
+    (n, width), vocabulary, tile = hidden.shape, len(weight), tiles_for(weight, crowded=True)
+    scored = is_scored(targets, vocabulary, ignore_index) & (lse != -torch.inf)
+    sequence = _Order.of(scored, None)
+    rows, pitch = _whole(max(n, 1), tile.rows), _whole(width, 16)
+    span = max(SCRATCH // (rows * weight.element_size()) // tile.columns, 1) * tile.columns
+    span = min(span, _whole(vocabulary, tile.columns))
+    row_tiles = rows // tile.rows
+
+    packed_hidden = sequence.pack(hidden, scored, 0, rows, 0, weight.dtype)
+    # Rows that do not count: a log Σ e^z of +inf makes their p 0.
+    inputs = (targets, -1), (grad, 0), (grad_entropy, 0), (lse, torch.inf), (entropy, 0)
+    columns = [sequence.pack(x, scored, 0, rows, fill, x.dtype) for x, fill in inputs]
+    columns[2] = columns[2] if with_entropy else None
+    dlogits = torch.empty(rows, span, dtype=weight.dtype, device=hidden.device)
+    bias_parts = torch.empty(row_tiles, span, device=hidden.device) if need_bias else None
+    d_hidden = torch.zeros(1, rows if need_hidden else 0, pitch, device=hidden.device)
+    d_weight = torch.empty(vocabulary if need_weight else 0, width, dtype=weight.dtype, device=hidden.device)
+    d_bias = torch.empty(vocabulary if need_bias else 0, device=hidden.device)
+    for base in range(0, vocabulary, span):
+        stop = min(base + span, vocabulary)
+        launch(
+            _dlogits_kernel, (row_tiles * -(-(stop - base) // tile.columns),), packed_hidden,
+            _descriptor(packed_hidden, tile.rows, tile.depth), weight, _descriptor(weight, tile.columns, tile.depth),
+            bias,
+            *columns, sequence.counts, dlogits, bias_parts, row_tiles, base, rows, vocabulary, width, pitch,
+            *weight.stride(),
+            span, *numbers, scale, SOFTCAP=softcap, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if bias_parts is not None:
+            d_bias[base:stop] = bias_parts[:, : stop - base].sum(0)
+        if need_hidden:
+            _product(dlogits, weight[base:stop], d_hidden, depth=stop - base, count=sequence.counts[1:], add=True)
+        if need_weight:
+            chunk = d_weight[None, base:stop]
+            _product(dlogits, packed_hidden[:, :width], chunk, depth=rows, count=sequence.counts[1:], filled=tile.rows)
+    result = hidden.new_empty(hidden.shape if need_hidden else (0, width))
+    if need_hidden:
+        result[sequence.index] = d_hidden[0, :n, :width].to(hidden.dtype)
+    return result, d_weight, d_bias.to(weight.dtype if bias is None else bias.dtype)
 
 
 @torch.library.custom_op("uae_kernels::linear_logprobs", mutates_args=())
@@ -191,40 +555,23 @@ def _forward(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    active: Tensor | None,
     packed: Tensor,
     ignore_index: int,
     entropy: bool,
     order: int,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(N, H), (V, H), (N,) -> log p, entropy, log Σ e^z (N,), d log p/dh, d entropy/dh (N, H).
 
-    `order` says how many of the two Jacobians are wanted; the others have no rows.
+    `order` says how many of the two Jacobians are wanted, the others have no rows; `active` (N,) of which rows.
     """
-    head = _Head(weight, bias, packed)
-    scored = is_scored(targets, weight.shape[0], ignore_index)
-    results = [hidden.new_zeros(len(targets), dtype=head.dtype) for _ in range(3)]
-    # fp32 even where hidden is bf16: rounded twice, a gradient would be off by up to 2.9e-3, not 1.7e-3.
-    jacobians = [
-        hidden.new_zeros(len(targets) if k < order else 0, hidden.shape[1], dtype=head.dtype) for k in range(2)
-    ]
-    tiles, out = head.row_tiles(scored), head.scratch()
-    for first in range(0, len(tiles), TILES):
-        block = [_Rows(head, hidden, targets, rows, entropy, order) for rows in tiles[first : first + TILES]]
-        for start, stop, chunk in head.chunks():
-            for tile in block:
-                tile.add(start, stop, chunk, out)
-        for tile in block:
-            *values, rows = tile.finish()
-            keep = scored.index_select(0, tile.rows)
-            for result, value in zip(results, values, strict=True):
-                result[tile.rows] = torch.where(keep, value[: len(keep)], 0)
-            for jacobian, value in zip(jacobians, rows, strict=False):
-                jacobian[tile.rows] = torch.where(keep[:, None], value[: len(keep)], 0)
-    return results[0], results[1], results[2], jacobians[0], jacobians[1]
+    forward = _fused_forward if fused else _linear_tiles.forward
+    return forward(hidden, weight, targets, bias, active, packed, ignore_index, entropy, order)
 
 
 @_forward.register_fake
-def _(hidden, weight, targets, bias, packed, ignore_index, entropy, order):
+def _(hidden, weight, targets, bias, active, packed, ignore_index, entropy, order, fused):
     rows, dtype = targets.shape[0], compute_dtype(weight)
     vectors = [hidden.new_empty(rows, dtype=dtype) for _ in range(3)]
     width = hidden.shape[1]
@@ -247,60 +594,20 @@ def _backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for a trainable head, from logits computed again; what is not needed has no elements."""
-    head = _Head(weight, bias, packed)
-    scored = is_scored(targets, weight.shape[0], ignore_index) & (lse != -torch.inf)
-    d_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0, hidden.shape[1]))
-    d_weight = weight.new_empty(weight.shape if need_weight else (0, weight.shape[1]))
-    d_bias = weight.new_zeros(weight.shape[0] if need_bias else 0, dtype=head.dtype)
-    tiles, out = head.row_tiles(scored), head.scratch()
-    sums = [hidden.new_zeros(head.rows, head.width, dtype=head.dtype) for _ in tiles if need_hidden]
-
-    def column(x: Tensor, rows: Tensor, unscored: float) -> Tensor:
-        padded = x.new_full((head.rows, 1), unscored)
-        padded[: len(rows), 0] = torch.where(scored, x, unscored).index_select(0, rows)
-        return padded
-
-    # Rows that fill up or do not count: with a log Σ e^z of +inf their p is 0, with a hidden state of 0 they
-    # add 0 to dW whatever they held.
-    hidden = torch.where(scored[:, None], hidden, 0)
-    inputs = (targets, 0), (grad, 0), (grad_entropy, 0), (lse, torch.inf), (entropy, 0)
-    columns = [[column(x, rows, unscored) for x, unscored in inputs] for rows in tiles]
-    for start, stop, chunk in head.chunks():
-        d_chunk = chunk.new_zeros(chunk.shape, dtype=head.dtype) if need_weight else None
-        for i, rows in enumerate(tiles):
-            tile = head.gather(hidden, rows)
-            target, g, g_entropy, lse_row, entropy_row = columns[i]
-            z, slope = head.logits(tile, chunk, start, stop, out)
-            z.sub_(lse_row)  # log p
-            # dL/dz_v = g·([v = y] − p_v) − g_H·p_v·(log p_v + H)
-            if with_entropy:
-                p = z.clamp_(min=LOWEST).exp()
-                dz = z.add_(entropy_row).mul_(g_entropy).add_(g).mul_(p).neg_()
-            else:
-                dz = z.exp_().mul_(-g)
-            inside = (target >= start) & (target < stop)
-            dz.scatter_add_(1, (target - start).clamp_(0, stop - start - 1), torch.where(inside, g, 0))
-            dz.mul_(head.scale if slope is None else slope.mul_(head.scale))
-            if need_bias:
-                d_bias[start:stop] += dz.sum(0)[: stop - start]
-            if need_hidden:
-                head.accumulate(dz, chunk, sums[i])
-            if d_chunk is not None:
-                head.accumulate(dz.T, tile, d_chunk)
-        if d_chunk is not None:
-            d_weight[start:stop] = d_chunk[: stop - start, : weight.shape[1]]
-    if need_hidden:
-        for rows, total in zip(tiles, sums, strict=True):
-            d_hidden[rows] = total[: len(rows), : hidden.shape[1]].to(hidden.dtype)
-    return d_hidden, d_weight, d_bias.to(weight.dtype if bias is None else bias.dtype)
+    backward = _fused_backward if fused else _linear_tiles.backward
+    return backward(
+        grad, grad_entropy, hidden, weight, targets, bias, packed, lse, entropy, ignore_index, with_entropy,
+        need_hidden, need_weight, need_bias,
+    )  # fmt: skip
 
 
 @_backward.register_fake
 def _(
     grad, grad_entropy, hidden, weight, targets, bias, packed, lse, entropy, ignore_index, with_entropy,
-    need_hidden, need_weight, need_bias,
+    need_hidden, need_weight, need_bias, fused,
 ):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0, hidden.shape[1])),
@@ -310,11 +617,11 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, targets, bias, packed, ignore_index, entropy, order = inputs
+    hidden, weight, targets, bias, _, packed, ignore_index, entropy, order, fused = inputs
     _, entropies, lse, jacobian, entropy_jacobian = output
     ctx.mark_non_differentiable(lse, jacobian, entropy_jacobian)
     ctx.set_materialize_grads(False)
-    ctx.options = ignore_index, entropy, order, weight.shape[0], hidden.dtype
+    ctx.options = ignore_index, entropy, order, fused, weight.shape[0], hidden.dtype
     if order:
         ctx.save_for_backward(targets, jacobian, entropy_jacobian)
     else:
@@ -323,24 +630,29 @@ def _setup_context(ctx, inputs, output):
 
 @once_differentiable
 def _autograd(ctx, grad, grad_entropy, *_):
-    ignore_index, entropy, order, vocabulary, dtype = ctx.options
-    none = (None,) * 8
+    ignore_index, entropy, order, fused, vocabulary, dtype = ctx.options
+    none = (None,) * 10
     if grad is None and grad_entropy is None:
         return none
     if order:
         targets, *jacobians = ctx.saved_tensors
-        scored = is_scored(targets, vocabulary, ignore_index)[:, None]
-        terms = [
-            rows * torch.where(scored, g[:, None], 0)
-            for rows, g in zip(jacobians[:order], (grad, grad_entropy), strict=False)
-            if g is not None
-        ]
-        return (sum(terms[1:], terms[0]).to(dtype) if terms else None), *none[1:]
+        scored = is_scored(targets, vocabulary, ignore_index)
+        pairs = [(rows, torch.where(scored, g, 0)[:, None]) for rows, g in zip(jacobians, (grad, grad_entropy),
+        strict=True)
+                 if g is not None and len(rows) == len(targets)]  # fmt: skip
+        if not pairs:
+            return none
+        d_hidden = torch.empty_like(jacobians[0], dtype=dtype)
+        if len(pairs) == 1:
+            torch.mul(*pairs[0], out=d_hidden)  # rounded once, no copy in fp32
+        else:
+            torch.addcmul(pairs[0][0] * pairs[0][1], *pairs[1], out=d_hidden)
+        return d_hidden, *none[1:]
     hidden, weight, targets, bias, packed, lse, entropies = ctx.saved_tensors
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]]
     grads = [torch.zeros_like(lse) if g is None else g for g in (grad, grad_entropy)]
     d_hidden, d_weight, d_bias = _backward(
-        *grads, hidden, weight, targets, bias, packed, lse, entropies, ignore_index, entropy, *need
+        *grads, hidden, weight, targets, bias, packed, lse, entropies, ignore_index, entropy, *need, fused
     )
     return (
         d_hidden if need[0] else None,
@@ -394,7 +706,8 @@ def linear_logprobs(
         logit_scale: number, multiplies the logits before the softcap.
         return_entropy: also return −Σ p log p, in nats.
         entropy_grad: whether gradients flow through the entropy.
-        impl: "auto" and "torch" run library matrix products on tiles of constant size; "triton" raises.
+        impl: "torch" runs library matrix products on tiles of constant size, "triton" fused kernels (sm_80 and newer,
+            no fp64); "auto" is Triton for 16-bit weights on a GPU, library products elsewhere.
 
     Returns:
         fp32 (...) log-probabilities, or (log-probabilities, entropies). A row's result depends neither on the
@@ -404,23 +717,54 @@ def linear_logprobs(
         TypeError: a weight that is not a plain dense tensor (module, DTensor, quantised), or targets of
             another dtype.
         ValueError: shapes that do not fit, temperature or softcap not positive.
-        RuntimeError: `impl="triton"`.
+        RuntimeError: `impl="triton"` where it cannot run.
     """
-    check_impl("linear_logprobs", impl)
+    return active_logprobs(
+        hidden, weight, targets, None, bias, temperature, softcap, logit_scale, ignore_index, return_entropy,
+        entropy_grad, impl,
+    )  # fmt: skip
+
+
+def active_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    active: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    return_entropy: bool,
+    entropy_grad: bool,
+    impl: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`linear_logprobs`, whose gradient may be wrong in the rows that are not `active` (...): their Jacobian is not
+    formed.
+
+    For callers who know that the gradient that arrives there is 0.
+    """
     check_linear(hidden, weight, targets, bias, temperature, softcap)
+    unsupported = fp64(hidden, weight)
+    if weight.is_cuda and _triton.capability(weight) < 80:
+        unsupported = unsupported or "GPUs without bf16 matrix units (before sm_80)"
+    fused = use_triton("linear_logprobs", impl, weight, unsupported)
+    if impl == "auto" and weight.dtype == torch.float32:
+        fused = False  # fp32 products without TF32 are the library's strength
     graph = torch.is_grad_enabled()
     trainable = graph and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    differentiable_entropy = return_entropy and entropy_grad
-    order = 1 + differentiable_entropy if graph and hidden.requires_grad and not trainable else 0
+    order = 1 + (return_entropy and entropy_grad) if graph and hidden.requires_grad and not trainable else 0
     logprobs, entropy, *_ = _forward(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         targets.reshape(-1),
         bias,
+        None if active is None else active.reshape(-1),
         pack_head(temperature, softcap, logit_scale),
         ignore_index,
         return_entropy,
         order,
+        fused,
     )
     logprobs = logprobs.view(targets.shape)
     if not return_entropy:

@@ -1,16 +1,188 @@
-"""Log-probabilities of given tokens from logits, a row tile at a time."""
+"""Log-probabilities of given tokens from logits: one read of them, and one read and write for their gradient."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._common import check_impl, compute_dtype, pack_head, unpack_head
+from ._common import compute_dtype, pack_head, unpack_head
+from ._triton import fp64, jit, launch, log1p, tanh, tl, use_triton
 from .reference.token_logprobs import check_logits, is_scored
 
+# PyTorch's row tiles
 ROWS = 128
 CPU_ELEMENTS = 2**19  # a CPU's tiles also stay in its cache
+LOWEST = -1e4  # exp() is 0 from here on, and 0·LOWEST is 0 where 0·−inf is NaN
+
+# Triton's programs: one a row, BLOCK logits at a time
+BLOCK = 4096
+WARPS = 8
+
+
+@jit()
+def _scaled(x, inner, outer, SOFTCAP: tl.constexpr):
+    """outer·tanh(inner·x), or inner·x without a softcap; and the slope 1 − tanh², or 1."""
+    z = inner * x.to(tl.float32)
+    slope = 1.0
+    if SOFTCAP:
+        t = tanh(z)
+        z = outer * t
+        slope = 1 - t * t
+    return z, slope
+
+
+@jit()
+def _floored(x):
+    """A factor of exp(x): x, but finite where that is 0, since 0·−inf is NaN. Where x is NaN the product is."""
+    return tl.maximum(x, -1e4)
+
+
+@jit("stride")
+def _offset(column, stride):
+    return column if stride is None else column.to(tl.int64) * stride
+
+
+@jit()
+def _columns(start, vocabulary, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """A block of columns as (lanes, VECTOR) such that a lane is one thread's, and which are inside."""
+    lane = tl.arange(0, BLOCK // VECTOR)[:, None]
+    item = tl.arange(0, VECTOR)[None, :]
+    if ALIGNED:  # a lane is one vector, inside as a whole
+        column = start + VECTOR * lane + item
+        inside = start + VECTOR * lane < vocabulary
+    else:  # neighboring lanes are neighboring columns
+        column = start + lane + BLOCK // VECTOR * item
+        inside = column < vocabulary
+    return column, inside
+
+
+@jit("tokens", "vocabulary", "stride_l", "stride_t", "stride_v", "ignore_index", "inner", "outer")
+def _forward_kernel(
+    logits, targets, logprobs, tops, log_totals, entropies, tokens, vocabulary, stride_l, stride_t, stride_v,
+    ignore_index, inner, outer,
+    SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    row = logits + i // tokens * stride_l + i % tokens * stride_t
+    if ALIGNED:
+        row = tl.multiple_of(row, 16)
+    target = tl.load(targets + i)
+    scored = (target != ignore_index) & (target >= 0) & (target < vocabulary)
+    target = tl.where(scored, target, 0).to(tl.int32)
+
+    # Each lane anchors its sums at its running maximum, finite so that no −inf − −inf arises. The target's own term
+    # is left out of them: 1 − p is then a sum, not a difference.
+    top = tl.full([BLOCK // VECTOR], -3.4028234663852886e38, tl.float32)
+    rest = tl.zeros([BLOCK // VECTOR], tl.float32)  # Σ e^x, x = z − top
+    rest_x = tl.zeros([BLOCK // VECTOR], tl.float32)  # Σ e^x·x
+    for start in range(0, tl.where(scored, vocabulary, 0), BLOCK):
+        column, inside = _columns(start, vocabulary, ALIGNED, BLOCK, VECTOR)
+        z, _ = _scaled(tl.load(row + _offset(column, stride_v), mask=inside, other=0), inner, outer, SOFTCAP)
+        if (start + BLOCK > vocabulary) | ((start <= target) & (target < start + BLOCK)):
+            z = tl.where(inside & (column != target), z, float("-inf"))
+        new = tl.maximum(top, tl.max(z, 1))
+        x, shift = z - new[:, None], top - new
+        shrink, e = tl.exp(shift), tl.exp(x)
+        if entropies is not None:
+            rest_x = shrink * (rest_x + _floored(shift) * rest) + tl.sum(e * _floored(x), 1)
+        rest = shrink * rest + tl.sum(e, 1)
+        top = new
+
+    z, _ = _scaled(tl.load(row + _offset(target, stride_v), mask=scored, other=0), inner, outer, SOFTCAP)
+    highest = tl.maximum(tl.max(top, 0), z)
+    shift = _floored(top - highest)
+    shrink = tl.exp(shift)
+    rest_x = tl.sum(shrink * (rest_x + shift * rest), 0)
+    rest = tl.sum(shrink * rest, 0)
+    x = z - highest
+    e = tl.exp(x)
+    total = rest + e
+    dead = total == 0  # every logit is −inf
+    log_total = tl.where(dead, float("-inf"), log1p(rest + (e - 1)))
+    logprob = tl.where(dead, float("-inf"), x - log_total)
+    tl.store(logprobs + i, tl.where(scored, logprob, 0))
+    tl.store(tops + i, tl.where(scored, highest, 0))
+    tl.store(log_totals + i, tl.where(scored, log_total, 0))
+    if entropies is not None:
+        entropy = log_total - (rest_x + e * _floored(x)) / total
+        tl.store(entropies + i, tl.where(scored & ~dead, entropy, 0))
+
+
+@jit(
+    "tokens", "vocabulary", "stride_l", "stride_t", "stride_v", "out_l", "out_t", "out_v", "ignore_index",
+    "inner", "outer",
+)  # fmt: skip
+def _backward_kernel(
+    logits, out, targets, grads, grads_entropy, logprobs, tops, log_totals, entropies, tokens, vocabulary,
+    stride_l, stride_t, stride_v, out_l, out_t, out_v, ignore_index, inner, outer,
+    SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    row = logits + i // tokens * stride_l + i % tokens * stride_t
+    out += i // tokens * out_l + i % tokens * out_t
+    if ALIGNED:
+        row, out = tl.multiple_of(row, 16), tl.multiple_of(out, 16)
+    target = tl.load(targets + i)
+    top, log_total, logprob = tl.load(tops + i), tl.load(log_totals + i), tl.load(logprobs + i)
+    alive = (target != ignore_index) & (target >= 0) & (target < vocabulary) & (log_total != float("-inf"))
+
+    # dL/dz_v = g·([v = y] − p_v) − g_H·p_v·(log p_v + H)
+    g = tl.load(grads + i) * (inner * outer)
+    t = tanh(0.5 * logprob)
+    at_target = g * (-2 * t / (1 - t))  # 1 − p without cancellation
+    if grads_entropy is not None:
+        g_entropy = tl.load(grads_entropy + i) * (inner * outer)
+        entropy = tl.load(entropies + i)
+        at_target -= g_entropy * tl.exp(logprob) * (_floored(logprob) + entropy)
+    for start in range(0, vocabulary, BLOCK):
+        column, inside = _columns(start, vocabulary, ALIGNED, BLOCK, VECTOR)
+        z, slope = _scaled(
+            tl.load(row + _offset(column, stride_v), mask=inside & alive, other=0), inner, outer, SOFTCAP
+        )
+        log_p = z - top - log_total
+        factor = g
+        if grads_entropy is not None:
+            factor = g + g_entropy * (_floored(log_p) + entropy)
+        dz = tl.where(column == target, at_target, -tl.exp(log_p) * factor) * slope
+        tl.store(out + _offset(column, out_v), tl.where(alive, dz, 0), mask=inside)
+
+
+def _factors(packed: Tensor) -> tuple[float, float, bool]:
+    """z = outer·tanh(inner·logits), or inner·logits without a softcap; and whether there is one."""
+    temperature, softcap, logit_scale = unpack_head(packed)
+    if softcap is None:
+        return logit_scale / temperature, 1.0, False
+    return logit_scale / softcap, softcap / temperature, True
+
+
+def _stacked(tensors: Sequence[Tensor | None], leading: torch.Size) -> Iterator[list[Any]]:
+    """Tensors (*leading, ...) as views (L, ...): all at once where strides allow, else piece by piece."""
+    try:
+        views = [None if x is None else x.view(leading.numel(), *x.shape[len(leading) :]) for x in tensors]
+    except RuntimeError:
+        for i in range(leading[0]):
+            yield from _stacked([None if x is None else x[i] for x in tensors], leading[1:])
+    else:
+        yield views
+
+
+def _strides(x: Tensor) -> tuple[int | None, ...]:
+    """The last one None if it is 1."""
+    return *x.stride()[:-1], None if x.stride(-1) == 1 else x.stride(-1)
+
+
+def _tiling(*logits: Tensor) -> dict[str, Any]:
+    """Launch options for (L, T, V) tensors; aligned rows are read in vectors of 16 bytes."""
+    bytes_each = logits[0].element_size()
+    aligned = all(
+        x.stride(2) == 1
+        and x.data_ptr() % 16 == 0
+        and all(size * bytes_each % 16 == 0 for size in (x.stride(0), x.stride(1), x.shape[2]))
+        for x in logits
+    )
+    return {"ALIGNED": aligned, "BLOCK": BLOCK, "VECTOR": 16 // bytes_each, "num_warps": WARPS}
 
 
 def _tiles(logits: Tensor) -> Iterator[tuple[int | slice, ...]]:
@@ -23,139 +195,195 @@ def _tiles(logits: Tensor) -> Iterator[tuple[int | slice, ...]]:
             yield *leading, slice(start, start + rows)
 
 
-def _log_softmax(logits: Tensor, packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """log p (rows, V) in fp32, the slope 1 − tanh² where there is a softcap, and which rows are all −inf."""
-    temperature, softcap, logit_scale = unpack_head(packed)
-    z, slope = logits.to(compute_dtype(logits)), None
-    if softcap is not None:
-        z = z.mul(logit_scale / softcap).tanh_()
+def _scaled_tile(logits: Tensor, packed: Tensor) -> tuple[Tensor, Tensor | None]:
+    """z (rows, V) in fp32, which may be `logits` itself, and the slope 1 − tanh² where there is a softcap."""
+    inner, outer, softcap = _factors(packed)
+    z = logits.to(compute_dtype(logits))
+    if softcap:
+        z = z.mul(inner).tanh_()
         slope = z.square().neg_().add_(1)
-        z.mul_(softcap / temperature)
-    elif logit_scale != temperature:
-        z = z * (logit_scale / temperature)
-    return torch.log_softmax(z, 1), slope, z.amax(1, keepdim=True) == -torch.inf
+        return z.mul_(outer), slope
+    return (z if inner == 1 else z * inner), None
+
+
+def _row_sum(terms: Tensor) -> Tensor:
+    """(rows, V) -> (rows, 1). One row alone would be summed in parts, one for each thread: two are not."""
+    return terms.expand(max(len(terms), 2), -1).sum(1, keepdim=True)[: len(terms)]
+
+
+def _tile_statistics(z: Tensor, target: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+    """(rows, V), (rows, 1) -> log p, max z, log Σ e^(z − max) and, if wanted, the entropy (rows, 1)."""
+    highest = z.amax(1, keepdim=True)
+    top = highest.clamp(min=torch.finfo(z.dtype).min)
+    x = (z - top).contiguous()  # the order of sums depends on strides
+    x_target = x.gather(1, target)
+    e_target = x_target.exp()
+    # The target's own term is left out of the sum: 1 − p is then a sum, not a difference.
+    x.scatter_(1, target, -torch.inf)
+    dead = highest == -torch.inf
+    e = x.exp()
+    rest = _row_sum(e)
+    log_total = torch.log1p(rest + (e_target - 1))
+    log_total.masked_fill_(dead, -torch.inf)
+    logprob = (x_target - log_total).masked_fill_(dead, -torch.inf)
+    if not entropy:
+        return logprob, top, log_total
+    mean_x = (_row_sum(e.mul_(x.clamp_(min=LOWEST))) + e_target * x_target.clamp(min=LOWEST)) / (rest + e_target)
+    return logprob, top, log_total, (log_total - mean_x).masked_fill_(dead, 0)
 
 
 @torch.library.custom_op("uae_kernels::token_logprobs", mutates_args=())
 def _forward(
-    logits: Tensor, targets: Tensor, packed: Tensor, ignore_index: int, entropy: bool, inplace: bool
-) -> tuple[Tensor, Tensor]:
-    """(..., T, V), (..., T) -> log p and entropy (..., T)."""
-    scored = is_scored(targets, logits.shape[-1], ignore_index)
-    index = torch.where(scored, targets, 0).long()
-    logprobs = logits.new_zeros(targets.shape, dtype=compute_dtype(logits))
-    entropies = torch.zeros_like(logprobs)
-    for i in _tiles(logits):
-        log_p, _, dead = _log_softmax(logits[i], packed)
-        value = log_p.gather(1, index[i][:, None]).masked_fill_(dead, -torch.inf)[:, 0]
-        logprobs[i] = torch.where(scored[i], value, 0)
-        if entropy:
-            value = _row_entropy(log_p)
-            entropies[i] = torch.where(scored[i] & ~dead[:, 0], value, 0)
-    return logprobs, entropies
+    logits: Tensor, targets: Tensor, packed: Tensor, ignore_index: int, entropy: bool, inplace: bool, triton: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(..., T, V), (..., T) -> log p, max z, log Σ e^(z − max), and the entropy (..., T), or (0,) unless wanted.
+
+    A row of nothing but −inf has a log Σ of −inf.
+    """
+    results = [logits.new_empty(targets.shape, dtype=compute_dtype(logits)) for _ in range(3 + entropy)]
+    if triton:
+        inner, outer, softcap = _factors(packed)
+        given = [logits, targets.contiguous(), *results, *[None] * (not entropy)]
+        for x, *rows in _stacked(given, logits.shape[:-2]):
+            launch(
+                _forward_kernel, (x.shape[0] * x.shape[1],), x, *rows, *x.shape[1:], *_strides(x),
+                ignore_index, inner, outer, SOFTCAP=softcap, **_tiling(x),
+            )  # fmt: skip
+    else:
+        scored = is_scored(targets, logits.shape[-1], ignore_index)
+        index = torch.where(scored, targets, 0).long()
+        for i in _tiles(logits):
+            z, _ = _scaled_tile(logits[i], packed)
+            for result, value in zip(results, _tile_statistics(z, index[i][:, None], entropy), strict=True):
+                result[i] = torch.where(scored[i], value[:, 0], 0)
+    if not entropy:
+        results.append(logits.new_empty(0, dtype=compute_dtype(logits)))
+    return results[0], results[1], results[2], results[3]
 
 
 @_forward.register_fake
-def _(logits, targets, packed, ignore_index, entropy, inplace):
-    return tuple(logits.new_empty(targets.shape, dtype=compute_dtype(logits)) for _ in range(2))
-
-
-def _row_entropy(log_p: Tensor) -> Tensor:
-    """−Σ p log p, 0·log 0 = 0. One row alone would be summed in parts, one for each thread: two are not."""
-    terms = log_p.exp().mul_(log_p.clamp(min=torch.finfo(log_p.dtype).min))
-    return -terms.expand(max(len(terms), 2), -1).sum(1)[: len(terms)]
+def _(logits, targets, packed, ignore_index, entropy, inplace, triton):
+    shapes = targets.shape, targets.shape, targets.shape, targets.shape if entropy else (0,)
+    return tuple(logits.new_empty(shape, dtype=compute_dtype(logits)) for shape in shapes)
 
 
 def _write_gradient(
     out: Tensor,
     grad: Tensor,
-    grad_entropy: Tensor,
+    grad_entropy: Tensor | None,
     logits: Tensor,
     targets: Tensor,
     packed: Tensor,
+    logprobs: Tensor,
+    tops: Tensor,
+    log_totals: Tensor,
+    entropies: Tensor,
     ignore_index: int,
-    entropy: bool,
+    triton: bool,
 ) -> None:
-    """dL/dlogits into `out`, which may be `logits` itself: each tile is read before it is written."""
-    temperature, _, logit_scale = unpack_head(packed)
-    scored = is_scored(targets, logits.shape[-1], ignore_index)
-    index = torch.where(scored, targets, 0).long()
+    """dL/dlogits into `out`, which may be `logits` itself: each piece is read before it is written."""
+    inner, outer, softcap = _factors(packed)
+    if triton:
+        rows = [targets, grad, grad_entropy, logprobs, tops, log_totals, None if grad_entropy is None else entropies]
+        given = [logits, out, *(None if x is None else x.contiguous() for x in rows)]
+        for x, dx, *rows in _stacked(given, logits.shape[:-2]):
+            launch(
+                _backward_kernel, (x.shape[0] * x.shape[1],), x, dx, *rows, *x.shape[1:], *_strides(x), *_strides(dx),
+                ignore_index, inner, outer, SOFTCAP=softcap, **_tiling(x, dx),
+            )  # fmt: skip
+        return
+    alive = is_scored(targets, logits.shape[-1], ignore_index) & (log_totals != -torch.inf)
+    index = torch.where(alive, targets, 0).long()
+    grad = torch.where(alive, grad, 0) * (inner * outer)
+    at_target = -grad * torch.expm1(logprobs)
+    if grad_entropy is not None:
+        grad_entropy = torch.where(alive, grad_entropy, 0) * (inner * outer)
+        at_target -= grad_entropy * logprobs.exp() * (logprobs.clamp(min=LOWEST) + entropies)
     for i in _tiles(logits):
-        log_p, slope, dead = _log_softmax(logits[i], packed)
-        keep = scored[i][:, None] & ~dead
-        g = torch.where(keep, grad[i][:, None], 0) * (logit_scale / temperature)
+        z, slope = _scaled_tile(logits[i], packed)
+        log_p = z.sub(tops[i][:, None]).sub_(log_totals[i][:, None])
         # dL/dz_v = g·([v = y] − p_v) − g_H·p_v·(log p_v + H)
-        if entropy:
-            g_entropy = torch.where(keep, grad_entropy[i][:, None], 0) * (logit_scale / temperature)
-            p = log_p.exp()
-            finite = log_p.clamp_(min=torch.finfo(log_p.dtype).min)
-            dz = finite.add_(_row_entropy(log_p)[:, None]).mul_(g_entropy).add_(g).mul_(p).neg_()
+        if grad_entropy is None:
+            dz = log_p.exp_().mul_(-grad[i][:, None])
         else:
-            dz = log_p.exp_().mul_(-g)
-        dz.scatter_add_(1, index[i][:, None], g)
+            p = log_p.exp()
+            factor = log_p.clamp_(min=LOWEST).add_(entropies[i][:, None]).mul_(grad_entropy[i][:, None])
+            dz = factor.add_(grad[i][:, None]).mul_(p).neg_()
+        dz.scatter_(1, index[i][:, None], at_target[i][:, None])
         if slope is not None:
             dz.mul_(slope)
-        out[i] = dz.masked_fill_(~keep, 0)
+        out[i] = dz.masked_fill_(~alive[i][:, None], 0)
 
 
 @torch.library.custom_op("uae_kernels::token_logprobs_backward", mutates_args=())
 def _backward(
     grad: Tensor,
-    grad_entropy: Tensor,
+    grad_entropy: Tensor | None,
     logits: Tensor,
     targets: Tensor,
     packed: Tensor,
+    logprobs: Tensor,
+    tops: Tensor,
+    log_totals: Tensor,
+    entropies: Tensor,
     ignore_index: int,
-    entropy: bool,
+    triton: bool,
 ) -> Tensor:
     out = torch.empty_like(logits)
-    _write_gradient(out, grad, grad_entropy, logits, targets, packed, ignore_index, entropy)
+    _write_gradient(
+        out, grad, grad_entropy, logits, targets, packed, logprobs, tops, log_totals, entropies, ignore_index, triton
+    )
     return out
 
 
 @_backward.register_fake
-def _(grad, grad_entropy, logits, targets, packed, ignore_index, entropy):
+def _(grad, grad_entropy, logits, *options):
     return torch.empty_like(logits)
 
 
 @torch.library.custom_op("uae_kernels::token_logprobs_backward_", mutates_args=("logits",))
 def _backward_(
     grad: Tensor,
-    grad_entropy: Tensor,
+    grad_entropy: Tensor | None,
     logits: Tensor,
     targets: Tensor,
     packed: Tensor,
+    logprobs: Tensor,
+    tops: Tensor,
+    log_totals: Tensor,
+    entropies: Tensor,
     ignore_index: int,
-    entropy: bool,
+    triton: bool,
 ) -> None:
-    _write_gradient(logits, grad, grad_entropy, logits, targets, packed, ignore_index, entropy)
+    _write_gradient(
+        logits, grad, grad_entropy, logits, targets, packed, logprobs, tops, log_totals, entropies, ignore_index, triton
+    )
 
 
 @_backward_.register_fake
-def _(grad, grad_entropy, logits, targets, packed, ignore_index, entropy):
+def _(*inputs):
     return None
 
 
 def _setup_context(ctx, inputs, output):
-    logits, targets, packed, ignore_index, entropy, inplace = inputs
-    ctx.save_for_backward(logits, targets, packed)
-    ctx.options = ignore_index, entropy, inplace
+    logits, targets, packed, ctx.ignore_index, entropy, ctx.inplace, ctx.triton = inputs
+    ctx.mark_non_differentiable(*output[1 : 3 if entropy else 4])
     ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, targets, packed, *output)
 
 
-def _autograd(ctx, grad, grad_entropy):
-    logits, targets, packed = ctx.saved_tensors
-    ignore_index, entropy, inplace = ctx.options
-    none = (None,) * 5
+def _autograd(ctx, grad, _, __, grad_entropy):
+    logits, targets, packed, logprobs, *saved = ctx.saved_tensors
+    none = (None,) * 6
     if grad is None and grad_entropy is None:
         return None, *none
-    given = grad if grad is not None else grad_entropy
-    grads = [torch.zeros_like(given) if g is None else g for g in (grad, grad_entropy)]
-    if inplace:
-        logits = logits.detach()
-        _backward_(*grads, logits, targets, packed, ignore_index, entropy)
+    given = torch.zeros_like(logprobs) if grad is None else grad, grad_entropy
+    logits = logits.detach() if ctx.inplace else logits
+    inputs = *given, logits, targets, packed, logprobs, *saved, ctx.ignore_index, ctx.triton
+    if ctx.inplace:
+        _backward_(*inputs)
         return logits, *none
-    return _backward(*grads, logits, targets, packed, ignore_index, entropy), *none
+    return _backward(*inputs), *none
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -178,8 +406,8 @@ def token_logprobs(
 
     z = softcap·tanh(logit_scale·logits/softcap)/temperature, log p = z[target] − log Σ_v e^{z_v}.
 
-    Works on 128 rows at a time in fp32: beside the logits it allocates nothing of their size but their
-    gradient.
+    Computes in fp32 and allocates nothing of the logits' size but their gradient. Triton reads the logits
+    once, and once more for their gradient; PyTorch works on 128 rows at a time.
 
     Args:
         logits: (..., V) floats of any strides; a slice such as logits[:, :-1] is not copied.
@@ -193,35 +421,38 @@ def token_logprobs(
         inplace_backward: the backward pass overwrites `logits` with their gradient, which saves a tensor of
             their size; nothing else may read them afterwards. Has no effect under torch.compile, which plans
             memory itself.
-        impl: "auto" and "torch" run PyTorch; "triton" raises.
+        impl: "auto" is Triton on a GPU and PyTorch elsewhere and for fp64 logits; "triton" and "torch" ask
+            for one of them.
 
     Returns:
         fp32 (fp64 for fp64 logits) (...) log-probabilities, or (log-probabilities, entropies). −inf logits
-        are tokens of probability 0; a row of nothing else gives −inf, entropy 0 and no gradient.
+        are tokens of probability 0; a row of nothing else gives −inf, entropy 0 and no gradient. A row's
+        result depends neither on the rows beside it nor on its position, bit for bit.
 
     Raises:
         ValueError: shapes that do not fit, temperature or softcap not positive, `inplace_backward` on logits
             that overlap themselves in memory (expanded).
         TypeError: targets of another dtype.
-        RuntimeError: `impl="triton"`.
+        RuntimeError: `impl="triton"` where it cannot run.
     """
-    check_impl("token_logprobs", impl)
     check_logits(logits, targets, temperature, softcap)
+    triton = use_triton("token_logprobs", impl, logits, fp64(logits))
     if inplace_backward and any(
         stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)
     ):
         raise ValueError("token_logprobs: inplace_backward cannot write to expanded logits")
     rows = logits.dim() == 1  # a single distribution
-    logprobs, entropy = _forward(
+    logprobs, _, _, entropy = _forward(
         logits[None] if rows else logits,
         targets[None] if rows else targets,
         pack_head(temperature, softcap, logit_scale),
         ignore_index,
         return_entropy,
         inplace_backward and not torch.compiler.is_compiling(),
+        triton,
     )
     if rows:
-        logprobs, entropy = logprobs[0], entropy[0]
+        logprobs, entropy = logprobs[0], entropy[0] if return_entropy else entropy
     if not return_entropy:
         return logprobs
     return logprobs, entropy if entropy_grad else entropy.detach()

@@ -154,15 +154,17 @@ def flat(*, train=False, bias=True):
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck_linear_logprobs(order, bias):
-    inputs = flat(train=order == 0, bias=bias)
-    torch.library.opcheck(OPS.linear_logprobs.default, (*inputs, -100, order == 2, order), test_utils=CHECKS)
+    *inputs, packed = flat(train=order == 0, bias=bias)
+    active = torch.tensor([True, False, True, True, False]) if bias else None
+    arguments = (*inputs, active, packed, -100, order == 2, order, False)
+    torch.library.opcheck(OPS.linear_logprobs.default, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("need", [(True, True, True), (True, False, False), (False, True, False)])
 def test_opcheck_linear_logprobs_backward(need):
     hidden, weight, targets, bias, packed = (x.detach() for x in flat())
     rows = [torch.randn(5) for _ in range(4)]
-    arguments = (*rows[:2], hidden, weight, targets, bias, packed, *rows[2:], -100, True, *need)
+    arguments = (*rows[:2], hidden, weight, targets, bias, packed, *rows[2:], -100, True, *need, False)
     torch.library.opcheck(OPS.linear_logprobs_backward.default, arguments, test_utils=CHECKS)
 
 
@@ -170,10 +172,10 @@ def test_opcheck_linear_logprobs_backward(need):
 def test_opcheck_token_logprobs(entropy):
     logits, targets = torch.randn(2, 3, V, requires_grad=True), torch.randint(-1, V, (2, 3))
     packed = pack_head(0.7, None, 1.2)
-    torch.library.opcheck(
-        OPS.token_logprobs.default, (logits, targets, packed, -100, entropy, False), test_utils=CHECKS
-    )
-    grads = torch.randn(2, 3), torch.randn(2, 3)
-    arguments = (*grads, logits.detach(), targets, packed, -100, entropy)
+    forward = OPS.token_logprobs.default
+    torch.library.opcheck(forward, (logits, targets, packed, -100, entropy, False, False), test_utils=CHECKS)
+    saved = forward(logits.detach(), targets, packed, -100, entropy, False, False)
+    grads = torch.randn(2, 3), torch.randn(2, 3) if entropy else None
+    arguments = (*grads, logits.detach(), targets, packed, *saved, -100, False)
     torch.library.opcheck(OPS.token_logprobs_backward.default, arguments, test_utils=CHECKS)
     torch.library.opcheck(OPS.token_logprobs_backward_.default, arguments, test_utils=CHECKS)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import relative_error
+from measures import relative_error
 from torch.profiler import ProfilerActivity, profile
 from uae_kernels import grpo_loss, linear_grpo_loss, reference
 

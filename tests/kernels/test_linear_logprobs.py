@@ -1,10 +1,8 @@
-import sys
-
 import pytest
 import torch
-from conftest import relative_error
+from measures import relative_error
 from torch.profiler import ProfilerActivity, profile
-from uae_kernels import linear_logprobs, reference
+from uae_kernels import _linear_tiles, linear_logprobs, reference
 
 OPTIONS = [{}, {"softcap": 4.0, "logit_scale": 1.6, "temperature": 0.7}]
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.5e-3, torch.float16: 1e-3}
@@ -314,7 +312,7 @@ def test_ignored_rows_cost_nothing():
 def test_rows_that_do_not_count_leave_no_trace_in_the_weight(every_row, monkeypatch):
     if every_row:
         monkeypatch.setattr(
-            sys.modules[linear_logprobs.__module__]._Head,
+            _linear_tiles._Head,
             "row_tiles",
             lambda head, scored: list(torch.arange(len(scored)).split(head.rows)),
         )

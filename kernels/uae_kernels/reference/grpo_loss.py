@@ -10,12 +10,14 @@ from .advantages import group_advantages
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "luspo_legacy")
 LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
+OVER_TOKENS = ("bnpo", "dapo", "cispo", "vespo")  # divided by the number of tokens, not of sequences
 METRICS = ("kl", "ratio_mean", "ratio_max", "clip_fraction_low", "clip_fraction_high", "zero_std_fraction")
 
 # exp() overflows fp32 at 88; a ratio of e^20 is already beyond every clip range.
 MAX_EXPONENT = 20.0
 # A sampled token with probability 0 has log-probability −inf: its log-ratio to another −inf is defined as 0.
 MIN_LOGPROB = -1e4
+MIN_LOG_WEIGHT = math.log(1e-8)
 
 
 def grpo_loss(
@@ -97,18 +99,9 @@ def grpo_loss(
     if sampling_logprobs is not None:
         sampler = unmasked(sampling_logprobs.detach()).clamp(min=MIN_LOGPROB)
         sampler = torch.where(sampler.isnan(), old, sampler)
-        gap = old - sampler
-        if importance_mode.startswith("sequence"):
-            gap = gap.sum(1, keepdim=True)
         floor = 0.0 if importance_floor is None else importance_floor
         cap = math.inf if importance_cap is None else importance_cap
-        correction = gap.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
-        if importance_mode.endswith("truncate"):
-            correction = correction.clamp(floor, cap)
-        else:
-            correction = torch.where((correction >= floor) & (correction <= cap), correction, 0)
-        if importance_mode.startswith("token"):
-            correction = torch.where(m, correction, 1)
+        correction = sampler_correction(old - sampler, m, importance_mode, floor, cap)
 
     low = high = torch.zeros_like(m)
     if loss_type in CLIPPED:
@@ -125,27 +118,20 @@ def grpo_loss(
         tau = torch.full_like(a, sapo_temperature[1]).masked_fill(a > 0, sapo_temperature[0])
         per_token = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * a
     else:
-        # L = −φ·A·log π, φ = w^k·exp(λ(1 − w)), w the whole sequence's ratio, k and λ by the sign of A
-        smallest = math.log(1e-8)
-        log_w = log_ratio.detach().clamp(-MAX_EXPONENT, MAX_EXPONENT).sum(1, keepdim=True)
-        log_w = log_w + correction.log().clamp(smallest, MAX_EXPONENT).sum(1, keepdim=True)
-        log_w = log_w.clamp(smallest, MAX_EXPONENT)
-        k = torch.full_like(a, vespo[2]).masked_fill(a >= 0, vespo[0])
-        lam = torch.full_like(a, vespo[3]).masked_fill(a >= 0, vespo[1])
-        phi = (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        per_token = -phi * a * logp
+        # L = −φ·A·log π
+        per_token = -vespo_weight(log_ratio.detach(), correction, a, vespo) * a * logp
         correction = torch.ones_like(now)
 
     # Off-policy sequence mask: a sequence of negative advantage that the policy has left behind is dropped
     if off_policy_threshold is not None:
         drift = (sampler - now).sum(1, keepdim=True) / length
-        per_token = torch.where((a >= 0) | (drift <= off_policy_threshold), per_token, 0)
+        per_token = torch.where((a < 0) & (drift > off_policy_threshold), 0, per_token)
 
     # Entropy mask: the fraction of tokens with the highest entropy (arXiv 2506.01939)
     chosen = m
     if entropies is not None and entropy_quantile is not None and m.numel():
         h = entropies.detach().to(dtype)
-        chosen = m & (h >= torch.where(m, h, torch.nan).flatten().nanquantile(1 - entropy_quantile))
+        chosen = m & (h >= entropy_cut(h, m, entropy_quantile))
         per_token = torch.where(chosen, per_token, 0)
 
     per_token = per_token * correction
@@ -155,7 +141,8 @@ def grpo_loss(
         kl = _kl(unmasked(ref_logprobs.detach()).clamp(min=MIN_LOGPROB) - logp, ratio, kl_estimator)
         per_token = per_token + beta * kl
 
-    loss = _reduce(per_token, m, tokens, loss_type, normalizer, shape[1] if max_length is None else max_length)
+    max_length = max(shape[1], 1) if max_length is None else max_length
+    loss = _reduce(per_token, m, tokens, loss_type, normalizer, max_length)
     if entropies is not None:
         bonus = torch.where(chosen, entropies.to(dtype), 0).sum() / chosen.sum().clamp(min=1)
         loss = loss - entropy_coef * bonus
@@ -174,6 +161,37 @@ def grpo_loss(
         )
     metrics = dict(zip(METRICS, values, strict=True))
     return GRPOLoss(loss, metrics, torch.where(m, per_token, 0), logprobs.detach())
+
+
+def sampler_correction(gap: Tensor, m: Tensor, mode: str, floor: float, cap: float) -> Tensor:
+    """ρ = exp(log π_old − log π_sampler) within its limits: (B, T), or (B, 1) for whole sequences."""
+    if mode.startswith("sequence"):
+        gap = gap.sum(1, keepdim=True)
+    rho = gap.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+    if mode.endswith("truncate"):
+        rho = rho.clamp(floor, cap)
+    else:
+        rho = torch.where((rho >= floor) & (rho <= cap), rho, 0)
+    return rho if mode.startswith("sequence") else torch.where(m, rho, 1)
+
+
+def vespo_weight(log_ratio: Tensor, correction: Tensor, a: Tensor, vespo: tuple[float, float, float, float]) -> Tensor:
+    """φ = w^k·exp(λ(1 − w)), w the whole sequence's ratio, k and λ by the sign of A."""
+    log_w = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).sum(1, keepdim=True)
+    log_w = log_w + correction.log().clamp(MIN_LOG_WEIGHT, MAX_EXPONENT).sum(1, keepdim=True)
+    log_w = log_w.clamp(MIN_LOG_WEIGHT, MAX_EXPONENT)
+    k = torch.full_like(a, vespo[2]).masked_fill(a >= 0, vespo[0])
+    lam = torch.full_like(a, vespo[3]).masked_fill(a >= 0, vespo[1])
+    return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def entropy_cut(h: Tensor, m: Tensor, fraction: float) -> Tensor:
+    """The entropy that `fraction` of the unmasked tokens reach: a quantile, for any number of tokens."""
+    m = m & ~h.isnan()
+    ordered = torch.where(m, h, torch.inf).flatten().sort().values
+    place = (m.sum() - 1).clamp(min=0).double() * (1 - fraction)
+    low, high = (ordered.gather(0, i.long()[None])[0] for i in (place.floor(), place.ceil()))
+    return low.lerp(high, place.frac().to(h.dtype))
 
 
 def _kl(x: Tensor, ratio: Tensor, estimator: str) -> Tensor:
@@ -197,7 +215,7 @@ def _reduce(
 ) -> Tensor:
     """The table in `uae_kernels.grpo_loss`'s docstring."""
     sums = torch.where(m, per_token, 0).sum(1, keepdim=True)
-    if loss_type in ("bnpo", "dapo", "cispo", "vespo"):
+    if loss_type in OVER_TOKENS:
         count = tokens.sum() if normalizer is None else normalizer
     else:
         count = per_token.shape[0] if normalizer is None else normalizer

@@ -1,0 +1,1 @@
+"""The language-side ops of uae_kernels beside their rivals."""

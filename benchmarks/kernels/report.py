@@ -1,0 +1,147 @@
+"""Tables on the terminal and plots, from the measured rows: `python -m benchmarks.kernels.report [FOLDER]`."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..rows import OURS, RESULTS, Row, is_ours, label, newest, read
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; vermilion and blue are ours.
+OWN = ("#D55E00", "#0072B2")
+OTHERS = ("#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A800", "#5B3A8E")
+MARKERS = "osD^vPX*"
+
+
+def cases(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:
+    grouped = defaultdict(list)
+    for row in rows:
+        grouped[tuple(row[key] for key in keys)].append(row)
+    return grouped
+
+
+def size(row: Row, keys: str = "NHVBT") -> str:
+    return ", ".join(f"{key} {row[key]:,}" for key in keys if row[key] is not None)
+
+
+def show(rows: Iterable[Row]) -> None:
+    """One table a case, every configuration a line."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for (op, variant, dtype, *_), found in cases(rows, "op", "variant", "dtype", "N", "device", "date").items():
+        table = Table(title=f"{op}, {variant}: {size(found[0])}, {dtype}", title_justify="left")
+        errors = list(dict.fromkeys(name for row in found for name in row["errors"]))
+        table.add_column("contestant", overflow="fold")
+        for name in ("ms (p20–p80)", "× ours", "peak MB", "GFLOP", *(f"error {name}" for name in errors)):
+            table.add_column(name, justify="right")
+        base = next((row["median_ms"] for row in found if is_ours(row)), None)
+        timed = [row for row in found if row["median_ms"] is not None]
+        for row in sorted(timed, key=lambda row: row["median_ms"]):
+            table.add_row(
+                label(row),
+                f"{row['median_ms']:.3g} ({row['p20_ms']:.3g}–{row['p80_ms']:.3g})",
+                f"{row['median_ms'] / base:.2f}" if base else "",
+                f"{row['peak_bytes'] / 1e6:,.1f}",
+                f"{row['flops'] / 1e9:,.1f}" if row["flops"] else "",
+                *(f"{row['errors'][name]:.1e}" if name in row["errors"] else "" for name in errors),
+                style="bold" if is_ours(row) else None,
+            )
+        if timed:
+            console.print(table)
+        for row in found:
+            if row["reason"]:
+                console.print(f"  [dim]not run: {label(row)}: {row['reason']}", highlight=False)
+        console.print()
+
+
+def plot(rows: list[Row], folder: Path) -> list[Path]:
+    """One picture for each op and device: a line of panels for each variant and dtype, time and peak memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
+    files = []
+    for (op, kind, device), found in cases(newest(rows), "op", "kind", "device").items():
+        timed = [row for row in found if row["median_ms"] is not None]
+        names = sorted({row["contestant"] for row in timed}, key=lambda name: (not name.startswith(OURS), name))
+        panels = cases(timed, "variant", "dtype")
+        many = any(len({row["N"] for row in panel}) > 1 for panel in panels.values())
+        height = 2.6 if many else 0.7 + 0.24 * len(names)
+        figure, axes = plt.subplots(
+            len(panels), 2, figsize=(9, height * len(panels) + 0.5), squeeze=False, layout="constrained"
+        )
+        for line, ((variant, dtype), panel) in zip(axes, panels.items(), strict=True):
+            shape = {size(row, "HV" if many else "NHVBT") for row in panel}
+            line[0].set_title(f"{variant}, {dtype}", loc="left", fontweight="bold")
+            line[1].set_title(" / ".join(shape), loc="right")
+            for axis, key, unit, scale in zip(
+                line, ("median_ms", "peak_bytes"), ("time, ms", "peak extra memory, MB"), (1, 1e-6), strict=True
+            ):
+                (_curves if many else _bars)(axis, panel, names, key, scale)
+                (axis.set_ylabel if many else axis.set_xlabel)(unit)
+            if not many:
+                line[1].set_yticklabels([])
+        if many:
+            handles, labels = axes[0][0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        figure.suptitle(f"{op} on {device}", x=0.01, ha="left")
+        folder.mkdir(parents=True, exist_ok=True)
+        files.append(folder / f"{op}-{kind}.png")
+        figure.savefig(files[-1], dpi=110)
+        plt.close(figure)
+        with Image.open(files[-1]) as picture:  # a palette makes the file a third as large
+            smaller = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        smaller.save(files[-1], optimize=True)
+    return files
+
+
+def _curves(axis, panel: list[Row], names: list[str], key: str, scale: float) -> None:
+    from matplotlib.ticker import LogLocator
+
+    own, others = iter(OWN), iter(OTHERS)
+    for i, name in enumerate(names):
+        rows = sorted((row for row in panel if row["contestant"] == name), key=lambda row: row["N"])
+        axis.plot(
+            [row["N"] for row in rows],
+            [row[key] * scale for row in rows],
+            color=next(own if name.startswith(OURS) else others),
+            marker=MARKERS[i % len(MARKERS)],
+            label=name,
+            linewidth=2.6 if name.startswith(OURS) else 1.2,
+            zorder=3 if name.startswith(OURS) else 2,
+        )
+    sizes = sorted({row["N"] for row in panel})
+    axis.set(xscale="log", yscale="log", xlabel="rows N")
+    axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+    axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+
+
+def _bars(axis, panel: list[Row], names: list[str], key: str, scale: float) -> None:
+    rows = {row["contestant"]: row for row in panel}
+    shown = [name for name in reversed(names) if name in rows]
+    values = [rows[name][key] * scale for name in shown]
+    axis.barh(shown, values, color=[OWN[0] if name.startswith(OURS) else "#9A9A9A" for name in shown])
+    for y, (name, value) in enumerate(zip(shown, values, strict=True)):
+        axis.annotate(
+            f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", (value, y), (3, 0), textcoords="offset points",
+            va="center", fontweight="bold" if name.startswith(OURS) else None,
+        )  # fmt: skip
+    axis.margins(x=0.15)
+    axis.grid(axis="y", visible=False)
+
+
+if __name__ == "__main__":
+    results = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    measured = [row for row in read(folder=results) if "median_ms" in row]
+    show(newest(measured))
+    for file in plot(measured, results / "plots"):
+        print(file)

@@ -1,0 +1,33 @@
+"""Every contestant of every case, timed: `make bench`."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+OPS = [
+    import_module(f".{name}", __package__)
+    for name in ("group_advantages", "token_logprobs", "linear_logprobs", "grpo_loss", "linear_grpo_loss")
+]
+
+
+def pytest_generate_tests(metafunc):
+    """Case by case, and within a case visit by visit: forth, back, forth, back."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    turns = []
+    for op in OPS:
+        for case in op.cases(device, metafunc.config.option.quick):
+            names = [str(contestant) for contestant in op.contestants(case)]
+            for visit in range(case.passes):
+                turns += [(op, case, name, visit) for name in (reversed(names) if visit % 2 else names)]
+    ids = [f"{case}-{name}-{visit}" for _, case, name, visit in turns]
+    metafunc.parametrize("turn", turns, ids=ids)
+
+
+def test_speed(turn, contests, benchmark):
+    op, case, name, _ = turn
+    contest = contests.enter(op, case)
+    if reason := contest.entries[name].reason:
+        benchmark.skipped = True
+        pytest.skip(reason)
+    contest.time(name, benchmark)

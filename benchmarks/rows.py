@@ -1,0 +1,101 @@
+"""Measured rows: JSON objects, one a line, in one file per op and kind of device."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+OURS = "uae-kernels"  # what the names of our implementations begin with
+PACKAGES = ("torch", "triton", "trl", "liger-kernel")
+CASE = ("op", "variant", "device", "dtype", "N", "H", "V", "B", "T")
+
+Row = dict[str, Any]
+
+
+def is_ours(row: Row) -> bool:
+    return row["contestant"].startswith(OURS)
+
+
+def append(file: Path, rows: Iterable[Row]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read(pattern: str = "*.jsonl", folder: Path = RESULTS) -> list[Row]:
+    return [json.loads(line) for file in sorted(folder.glob(pattern)) for line in file.read_text().splitlines()]
+
+
+def environment(device: str, commit: str | None = None) -> Row:
+    """What a measurement depends on. `commit` is for a copy without .git: a hash, with -dirty behind it where it is."""
+    if commit is None:
+        commit = _git("rev-parse", "HEAD")
+        changed = commit and _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        commit = f"{commit}-dirty" if changed else commit
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "kind": "gpu" if device == "cuda" else "cpu",
+        "versions": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "commit": commit and commit.removesuffix("-dirty"),
+        "dirty": commit and commit.endswith("-dirty"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Of each case the newest run that timed our op, and of each contestant there its fastest configuration."""
+    runs: dict[tuple, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        runs[tuple(row[key] for key in CASE)][row["date"]].append(row)
+    chosen = []
+    for dates in runs.values():
+        timed = [date for date, run in dates.items() if any(is_ours(r) and r["median_ms"] is not None for r in run)]
+        best: dict[str, Row] = {}
+        for row in dates[max(timed)] if timed else []:
+            other = best.setdefault(row["contestant"], row)
+            if row["median_ms"] is not None and (other["median_ms"] is None or row["median_ms"] < other["median_ms"]):
+                best[row["contestant"]] = row
+        chosen += best.values()
+    return chosen
+
+
+def label(row: Row) -> str:
+    """The contestant with its configuration."""
+    return ", ".join([row["contestant"], *(f"{key} {value}" for key, value in row["config"].items())])
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        return subprocess.run(
+            ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

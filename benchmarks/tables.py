@@ -1,0 +1,162 @@
+"""Markdown tables from the rows, written where a file has `<!-- table:NAME -->` … `<!-- /table -->`.
+
+    python -m benchmarks.tables [FILE…]      # README.md, kernels/README.md, benchmarks/README.md
+
+NAME is OP-KIND, OP-KIND-VARIANT or OP-KIND-VARIANT-DTYPE (linear_logprobs-gpu-frozen), `memory` or `resources`. In a
+table for a GPU, times that have not been measured are predicted for an H200, and marked ≈.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from .kernels import predicted, resources
+from .kernels.memory import NAME as MEMORY
+from .kernels.test_speed import OPS
+from .rows import OURS, ROOT, Row, is_ours, label, newest, read
+
+FILES = [ROOT / "README.md", ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "README.md"]
+MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    rules = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rules, *lines])
+
+
+def speed(op: str, kind: str, variant: str | None = None, dtype: str | None = None) -> str:
+    rows = newest(row for row in read(f"{op}-{kind}.jsonl"))
+    if rows:
+        device = max(rows, key=lambda row: row["date"])["device"]
+        rows = [row for row in rows if row["device"] == device]
+    if kind == "gpu" and (not rows or "H200" in device):
+        rows += guesses(rows, op)
+    parts = defaultdict(list)
+    for row in rows:
+        if variant in (None, row["variant"]) and dtype in (None, row["dtype"]):
+            parts[row["variant"], row["dtype"]].append(row)
+    return "\n\n".join(_part(*key, part) for key, part in parts.items()) or "Not measured yet."
+
+
+def guesses(rows: list[Row], op: str) -> list[Row]:
+    """Predicted rows for what the measured ones lack."""
+
+    def key(row: Row) -> tuple:
+        return row["variant"], row["dtype"], row["N"], row["contestant"]
+
+    known = {key(row) for row in rows}
+    module = next(module for module in OPS if module.__name__.endswith(f".{op}"))
+    predictions = [row for case in module.cases("cuda", False) for row in predicted.rows(case)]
+    return [row for row in predictions if key(row) not in known]
+
+
+def _part(variant: str, dtype: str, rows: list[Row]) -> str:
+    """One variant in one dtype: a line for each contestant, a column for each N."""
+    sizes = sorted({row["N"] for row in rows})
+    found: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in rows:
+        found[row["contestant"]][row["N"]] = row
+    errors = list(dict.fromkeys(name for row in rows for name in row.get("errors", {})))
+    at = f" at N {sizes[-1]:,}" if len(sizes) > 1 else ""
+    peaks = [f"peak MB{at}"] if any(row.get("peak_bytes") is not None for row in rows) else []
+    lines, absent = [], []
+    for name, by_size in found.items():
+        timed = [row for row in by_size.values() if row["median_ms"] is not None]
+        if not timed:
+            absent.append(f"{name} ({next(iter(by_size.values()))['reason']})")
+            continue
+        one_configuration = len({label(row) for row in timed}) == 1
+        cells = [label(timed[0]) if one_configuration else name]
+        cells += [_cell(by_size.get(n), found.get(OURS, {}).get(n), one_configuration) for n in sizes]
+        if peaks:
+            peak = by_size.get(sizes[-1], {}).get("peak_bytes")
+            cells.append("" if peak is None else f"{peak / 1e6:,.1f}")
+        for error in errors:
+            seen = [row["errors"][error] for row in timed if error in row.get("errors", {})]
+            cells.append(f"{max(seen):.0e}" if seen else "")
+        lines.append([f"**{cell}**" if cell and is_ours(timed[0]) else cell for cell in cells])
+    header = [f"{variant}, {dtype}", *(f"N {n:,}, ms" for n in sizes), *peaks, *(f"error {name}" for name in errors)]
+    return "\n\n".join([markdown(header, lines), *_notes(rows, absent)])
+
+
+def _cell(row: Row | None, ours: Row | None, one_configuration: bool) -> str:
+    """Milliseconds, the ratio to ours where both are measured or both predicted, and the configuration."""
+    if row is None or row["median_ms"] is None:
+        return row["reason"] if row else ""
+    about, details = "≈ " if "predicted" in row else "", []
+    if ours and ours["median_ms"] and row is not ours and ("predicted" in row) == ("predicted" in ours):
+        details.append(f"{row['median_ms'] / ours['median_ms']:.2f}×")
+    if not one_configuration:
+        details += [f"{key} {value}" for key, value in row["config"].items()]
+    return f"{about}{row['median_ms']:.3g}" + (f" ({', '.join(details)})" if details else "")
+
+
+def _notes(rows: list[Row], absent: list[str]) -> list[str]:
+    notes = []
+    measured = [row for row in rows if "date" in row]
+    shape = ", ".join(f"{key} {rows[0][key]:,}" for key in ("H", "V") if rows[0][key])
+    if measured:
+        notes.append(f"Measured{f' at {shape}' if shape else ''}: {provenance(measured)}.")
+    if any("predicted" in row for row in rows):
+        costs = {row["contestant"]: row["predicted"] for row in rows if "predicted" in row}
+        terms = "; ".join(f"{name} {cost['products']}, {cost['bytes']}" for name, cost in costs.items())
+        notes.append(
+            f"≈ predicted for an H200, not measured, at {shape}: "
+            f"products·2NHV / {predicted.PRODUCT / 1e12:.0f} TFLOP/s + bytes·NV / {predicted.COPY / 1e12:.1f} TB/s, "
+            f"with (products, bytes a logit): {terms}. Our Triton products are taken to be as fast as the library's."
+        )
+    if absent:
+        notes.append(f"Not run: {'; '.join(absent)}.")
+    return notes
+
+
+def provenance(rows: list[Row]) -> str:
+    """Machine, versions and commits of some rows."""
+    last = max(rows, key=lambda row: row["date"])
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
+    commits = sorted({(row["commit"] or "unknown")[:10] + " (changed)" * bool(row["dirty"]) for row in rows})
+    threads = f", {last['threads']} threads" if last["kind"] == "cpu" else ""
+    machine = f"{last['device']}{threads}, {versions}, Python {last['python']}"
+    return f"{machine}, commit {', '.join(commits)}, {last['date'][:10]}"
+
+
+def memory() -> str:
+    rows = {(row["contestant"], row["N"]): row for row in read(f"{MEMORY}.jsonl")}  # the last of each
+    if not rows:
+        return "Not measured yet."
+    lines = [
+        [name, f"{n:,}", f"{row['peak_bytes'] / 1e6:,.0f}", f"{2 * n * row['V'] / 1e6:,.0f}"]
+        for (name, n), row in sorted(rows.items())
+    ]
+    row = next(iter(rows.values()))
+    header = ["linear_logprobs, frozen head, forward + backward", "N", "peak MB", "logits in bf16 alone, MB"]
+    note = f"Measured at H {row['H']:,}, V {row['V']:,}, {row['dtype']}: {provenance(list(rows.values()))}."
+    return f"{markdown(header, lines)}\n\n{note}"
+
+
+def table(name: str) -> str:
+    if name == "memory":
+        return memory()
+    if name == resources.NAME:
+        return resources.table(read(f"{resources.NAME}.jsonl"))
+    known = [module.__name__.rsplit(".", 1)[1] for module in OPS]
+    parts = name.split("-")
+    if not 2 <= len(parts) <= 4 or parts[0] not in known or parts[1] not in ("cpu", "gpu"):
+        raise SystemExit(f"no table is called {name!r}: OP-cpu or OP-gpu, with -VARIANT or -VARIANT-DTYPE; OP {known}")
+    return speed(*parts)
+
+
+def main(files: list[Path]) -> None:
+    for file in files:
+        old = file.read_text()
+        new = MARKED.sub(lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}", old)
+        if new != old:
+            file.write_text(new)
+            print(f"updated {file}")
+
+
+if __name__ == "__main__":
+    main([Path(name) for name in sys.argv[1:]] or FILES)

@@ -1,0 +1,64 @@
+"""Every kernel, with the arguments its op really passes, compiled for every GPU it ships for; no GPU is needed.
+
+Each `test_triton_<op>.py` names its cases: `calls()` yields (name, function) that cover its kernels' variants,
+`numbers()`
+yields functions that differ only in sizes and numbers.
+"""
+
+from collections import defaultdict
+from importlib import import_module
+
+import pytest
+from launches import CAPABILITIES, SHARED_LIMIT, recorded
+
+OPS = ["linear_logprobs", "token_logprobs"]
+MATRIX = {"linear_logprobs": (90,)}  # matrix units
+CASES = [(op, cap) for op in OPS for cap in (MATRIX[op] if op in MATRIX else CAPABILITIES)]
+
+
+@pytest.mark.parametrize("op, capability", CASES)
+def test_compiles_within_the_chips_limits(op, capability):
+    seen = {}
+    with recorded(capability) as launches:
+        for name, call in import_module(f"test_triton_{op}").calls():
+            before = len(launches)
+            call()
+            assert len(launches) > before, f"{name} launches nothing"
+            seen.update({launch.key: (name, launch) for launch in launches[before:]})
+    for name, launch in seen.values():
+        where = f"{launch.name} for {name} on sm_{capability}"
+        assert launch.resources["stack"] == 0, f"{where} spills: {launch.resources}"
+        assert launch.resources["shared"] <= SHARED_LIMIT[capability], f"{where}: {launch.resources}"
+        ptx = launch.compiled.asm["ptx"]
+        halves = any(
+            str(kind[0]).removeprefix("tensordesc<").lstrip("*")[:4] in ("bf16", "fp16")
+            for kind in launch.specialization
+        )
+        if " = tt.dot" in launch.compiled.asm["ttir"]:
+            assert halves or ".tf32" not in ptx, f"{where} rounds fp32 to tf32"
+            if capability == 90 and halves:
+                assert "wgmma" in ptx, f"{where} does not use wgmma"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_new_kernel_for_other_numbers(op):
+    variants = defaultdict(set)
+    with recorded(90) as launches:
+        for call in import_module(f"test_triton_{op}").numbers():
+            call()
+    for launch in launches:
+        variants[launch.name].add(launch.key)
+    assert variants and {name: len(keys) for name, keys in variants.items() if len(keys) > 3} == {}
+
+
+def test_every_program_id_is_widened():
+    """Offsets pass 2^31 at 14,135 rows of 151,936 logits: no program id may enter arithmetic as an int32."""
+    import re
+    from pathlib import Path
+
+    import uae_kernels
+
+    for file in Path(uae_kernels.__file__).parent.rglob("*.py"):
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            for found in re.finditer(r"tl\.program_id\(\w\)", line):
+                assert line[found.end() :].startswith(".to(tl.int64)"), f"{file.name}:{number}: {line.strip()}"

@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEED ?= 0
 RUN ?= runs/tiny
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help demo test gpu-check fuzz mutants bench lint clean
 
@@ -39,9 +40,9 @@ demo: $(STAMP) data/tiny/train/captions.jsonl data/tiny/heldout/captions.jsonl
 	fi
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 	@echo "kernels, interpreted:"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/compat
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels tests/compat
 
 gpu-check: $(STAMP)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu-check runs the kernels on a GPU; PyTorch finds none here"; exit 1; }

@@ -228,6 +228,7 @@ def forward(
 def backward(
     grad: Tensor,
     grad_entropy: Tensor,
+    own: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -241,7 +242,10 @@ def backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for a trainable head, from logits computed again; what is not needed has no elements."""
+    """Gradients for a trainable head, from logits computed again; what is not needed has no elements.
+
+    `own` (N,) is dL/dz at the target.
+    """
     head = _Head(weight, bias, packed)
     scored = is_scored(targets, weight.shape[0], ignore_index) & (lse != -torch.inf)
     d_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0, hidden.shape[1]))
@@ -258,23 +262,24 @@ def backward(
     # Rows that fill up or do not count: with a log Σ e^z of +inf their p is 0, with a hidden state of 0 they
     # add 0 to dW whatever they held.
     hidden = torch.where(scored[:, None], hidden, 0)
-    inputs = (targets, 0), (grad, 0), (grad_entropy, 0), (lse, torch.inf), (entropy, 0)
+    inputs = (targets, 0), (own, 0), (grad, 0), (grad_entropy, 0), (lse, torch.inf), (entropy, 0)
     columns = [[column(x, rows, unscored) for x, unscored in inputs] for rows in tiles]
     for start, stop, chunk in head.chunks():
         d_chunk = chunk.new_zeros(chunk.shape, dtype=head.dtype) if need_weight else None
         for i, rows in enumerate(tiles):
             tile = head.gather(hidden, rows)
-            target, g, g_entropy, lse_row, entropy_row = columns[i]
+            target, g_target, g, g_entropy, lse_row, entropy_row = columns[i]
             z, slope = head.logits(tile, chunk, start, stop, out)
             z.sub_(lse_row)  # log p
-            # dL/dz_v = g·([v = y] − p_v) − g_H·p_v·(log p_v + H)
+            # dL/dz_v = −p_v·(g + g_H·(log p_v + H)), apart from the target's
             if with_entropy:
                 p = z.clamp_(min=LOWEST).exp()
                 dz = z.add_(entropy_row).mul_(g_entropy).add_(g).mul_(p).neg_()
             else:
                 dz = z.exp_().mul_(-g)
             inside = (target >= start) & (target < stop)
-            dz.scatter_add_(1, (target - start).clamp_(0, stop - start - 1), torch.where(inside, g, 0))
+            index = (target - start).clamp_(0, stop - start - 1)
+            dz.scatter_(1, index, torch.where(inside, g_target, dz.gather(1, index)))
             dz.mul_(head.scale if slope is None else slope.mul_(head.scale))
             if need_bias:
                 d_bias[start:stop] += dz.sum(0)[: stop - start]

@@ -86,8 +86,8 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 @jit()
 def dot(a, b, total):
     """total + a·b, exact products summed in fp32."""
-    if _INTERPRETED:  # the interpreter would multiply the bit patterns of bf16
-        a, b = a.to(tl.float32), b.to(tl.float32)
+    if _INTERPRETED:  # its own dot multiplies the bit patterns of bf16, and sums in an order that depends on the row
+        return total + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
     return tl.dot(a, b, total, input_precision="ieee")
 
 

@@ -32,6 +32,7 @@ BLOCK = 1024  # tokens of a sequence at a time
 MEMBERS = 64  # rewards of a group at a time
 SEQUENCES = 256  # sequences that are added up at a time
 WARPS = 8
+REGISTERS = 128  # a thread; left to itself, ptxas takes fewer and spills
 
 FAR = tl.constexpr(MAX_EXPONENT)
 LOWEST = tl.constexpr(MIN_LOGPROB)
@@ -520,6 +521,7 @@ def _launch_sequences(
         MEMBERS=MEMBERS,
         BLOCK=BLOCK,
         num_warps=WARPS,
+        maxnreg=REGISTERS,
     )
 
 

@@ -49,10 +49,10 @@ TILES = {
     (100, 2, False): Tiles(128, 128, 64, 8, 3),
     (100, 2, True): Tiles(128, 64, 64, 8, 3),
     (120, 2, False): Tiles(128, 128, 32, 8, 3),
+    (120, 2, True): Tiles(128, 64, 32, 8, 3),
 }
-SPLITS = (
-    4  # parts of the vocabulary that are summed side by side: 4·(512/128)·(2048/256) programs for 132 multiprocessors
-)
+# Parts of the vocabulary that are summed side by side: 4·(512/128)·(2048/256) programs for 132 multiprocessors
+SPLITS = 4
 
 
 def tiles_for(tensor: Tensor, crowded: bool = False) -> Tiles:
@@ -70,8 +70,9 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
 
 @jit()
 def _load(
-    x, descriptor, row, column, rows, columns, stride_row, stride_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    x, descriptor, row, column, rows, columns, stride_row, stride_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """The (ROWS, COLUMNS) tile of x (rows, columns) at (row, column), 0 outside."""
     if descriptor is not None:
         return descriptor.load([tl.cast(row, tl.int32), tl.cast(column, tl.int32)])
@@ -115,9 +116,8 @@ def _exponentials_kernel(
 ):  # fmt: skip
     """One tile of e = 2^(z·log₂e − k) with k = ⌈the row's largest z·log₂e in the tile⌉, without the target's own.
 
-    k is an integer: to rescale e from one anchor to another loses nothing,
-    and nothing can overflow. Per tile and row: k,
-    Σ e and, in base 2, Σ e·x, x = z·log₂e − k. e·s and e·x·ln 2·s (s the softcap's slope) go to the scratch.
+    k is an integer: to rescale e from one anchor to another loses nothing, and nothing can overflow. Per tile and
+    row: k, Σ e and, in base 2, Σ e·x, x = z·log₂e − k. e·s and e·x·ln 2·s (s the softcap's slope) go to the scratch.
     """
     program = tl.program_id(0).to(tl.int64)
     row, token = (program % row_tiles) * ROWS, (program // row_tiles) * COLUMNS
@@ -156,8 +156,7 @@ def _finish_kernel(
     """log p, entropy and log Σ e^z of ROWS rows from their tiles, and what `_jacobian_kernel` needs.
 
     The target's logit, on which log p depends most, is taken in fp64. Its term was left out of the sums: 1 − p is
-    then a
-    sum and not a difference.
+    then a sum and not a difference.
     """
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     known = (i < rows) & (first + i < n)
@@ -236,8 +235,8 @@ def _product_kernel(
     """out[s] = Σ_{k in part s} a_k·b_k (or += with ADD), one (ROWS, COLUMNS) tile of one part a program.
 
     With `peaks`, a's columns k are first brought from the anchor of their tile of SPAN columns to the row's, `top`:
-    a times
-    2^(peak − top), exact in a's dtype; with `ax` as well, what is summed is Σ e·x with x relative to that anchor.
+    a times 2^(peak − top), exact in a's dtype; with `ax` as well, what is summed is Σ e·x with x relative to that
+    anchor.
     TRANSPOSED: a is (depth, rows) in memory, and only its tiles of SPAN rows up to `count` are filled.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -248,8 +247,8 @@ def _product_kernel(
     stop = tl.minimum(start + part, depth)
     if TRANSPOSED:
         stop = tl.minimum(stop, tl.cdiv(tl.load(count), SPAN) * SPAN)
-    elif count is not None:
-        if first + row >= tl.load(count):  # noqa: SIM102 (`and` would load from no pointer)
+    elif count is not None:  # noqa: SIM102 (`and` would load from no pointer)
+        if first + row >= tl.load(count):
             return
     i = row + tl.arange(0, ROWS)
     if peaks is not None:
@@ -313,15 +312,14 @@ def _jacobian_kernel(
 
 @jit("row_tiles", "base", "rows", "vocabulary", "pre", "post", "scale")
 def _dlogits_kernel(
-    hidden, hidden_descriptor, weight, weight_descriptor, bias, targets, grads, entropy_grads, lses, entropies, counts,
-    out, bias_parts, row_tiles, base, rows, vocabulary, width, pitch, stride_token, stride_width, stride_out, pre,
-    post, scale,
+    hidden, hidden_descriptor, weight, weight_descriptor, bias, targets, owns, grads, entropy_grads, lses, entropies,
+    counts, out, bias_parts, row_tiles, base, rows, vocabulary, width, pitch, stride_token, stride_width, stride_out,
+    pre, post, scale,
     SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """dL/d(h·Wᵀ) of one tile, dL/dz_v = g·([v = y] − p_v) − g_H·p_v·(log p_v + H), from logits computed again.
+    """dL/d(h·Wᵀ) of one tile from logits computed again: −p_v·(g + g_H·(log p_v + H)), and `owns` at the target.
 
-    Columns count from token `base` in `out` and in the weight's descriptor; bias_parts takes the tile's sum over its
-    rows.
+    Columns of `out` count from token `base`; bias_parts takes the tile's sum over its rows.
     """
     program = tl.program_id(0).to(tl.int64)
     row, column = (program % row_tiles) * ROWS, (program // row_tiles) * COLUMNS
@@ -341,7 +339,7 @@ def _dlogits_kernel(
     if entropy_grads is not None:
         log_p = tl.where(log_p < LOWEST, LOWEST, log_p) * LN2
         weighted += tl.load(entropy_grads + i)[:, None] * (log_p + tl.load(entropies + i)[:, None])
-    dz = tl.where((base + j)[None, :] == tl.load(targets + i)[:, None], g, 0.0) - p * weighted
+    dz = tl.where((base + j)[None, :] == tl.load(targets + i)[:, None], tl.load(owns + i)[:, None], -p * weighted)
     dz = tl.where((base + j < vocabulary)[None, :], dz * slope * scale, 0.0)
     tl.store(out + i[:, None] * stride_out + j[None, :], narrow(dz, out.dtype.element_ty))
     if bias_parts is not None:
@@ -364,7 +362,7 @@ def _whole(size: int, of: int) -> int:
 class _Order(NamedTuple):
     """Rows as the kernels take them: active ones first, then scored ones, then the rest; counted on the device."""
 
-    index: Tensor  # (N,) where each row stands in the caller's order
+    places: Tensor  # (N,) where each row stands in the caller's order
     counts: Tensor  # (2,) active rows, scored rows
 
     @staticmethod
@@ -375,12 +373,14 @@ class _Order(NamedTuple):
 
     def pack(self, x: Tensor, scored: Tensor, start: int, rows: int, fill: float, dtype: torch.dtype) -> Tensor:
         """(rows, ...) of x from row `start` of this order on; `fill` where nothing is scored."""
-        index = self.index[start : start + rows]
-        kept = scored.index_select(0, index).view(-1, *[1] * (x.dim() - 1))
-        out = x.new_full((rows, *([_whole(x.shape[1], 16)] if x.dim() == 2 else [])), fill, dtype=dtype)
-        out[(slice(len(index)), *[slice(size) for size in x.shape[1:]])] = torch.where(
-            kept, x.index_select(0, index).to(dtype), fill
-        )
+        index = self.places[start : start + rows]
+        dropped = ~scored.index_select(0, index).view(-1, *[1] * (x.dim() - 1))
+        packed = x.index_select(0, index).to(dtype).masked_fill_(dropped, fill)
+        shape = rows, *(_whole(size, 16) for size in x.shape[1:])
+        if packed.shape == shape:
+            return packed
+        out = packed.new_full(shape, fill)
+        out[(slice(len(index)), *(slice(size) for size in x.shape[1:]))] = packed
         return out
 
 
@@ -441,7 +441,7 @@ def _fused_forward(
     bytes_per_row = order * padded * weight.element_size() + 12 * vocab_tiles
     rows = max(min(_whole(n, tile.rows), SCRATCH // bytes_per_row // tile.rows * tile.rows), tile.rows)
 
-    def scratch(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    def scratch(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Any:
         return torch.empty(shape, dtype=dtype, device=device) if wanted else None
 
     logprobs, entropies, lses = (torch.empty(n, device=device) for _ in range(3))
@@ -463,17 +463,14 @@ def _fused_forward(
         launch(
             _exponentials_kernel, (row_tiles * vocab_tiles,), packed_hidden,
             _descriptor(packed_hidden, tile.rows, tile.depth), weight, _descriptor(weight, tile.columns, tile.depth),
-            bias,
-            packed_targets, sequence.counts, peaks, totals, moments, e, ex, first, row_tiles, rows, vocabulary,
-            width, pitch,
-            *weight.stride(), padded, *numbers, SOFTCAP=softcap, **shape, **options,
+            bias, packed_targets, sequence.counts, peaks, totals, moments, e, ex, first, row_tiles, rows, vocabulary,
+            width, pitch, *weight.stride(), padded, *numbers, SOFTCAP=softcap, **shape, **options,
         )  # fmt: skip
         launch(
-            _finish_kernel, (-(-rows // 16),), packed_hidden, weight, bias, packed_targets, sequence.index,
-            sequence.counts,
-            peaks, totals, moments, logprobs, entropies, lses, top, coefficients, first, n, rows, vocab_tiles, width,
-            pitch,
-            *weight.stride(), *numbers, scale, SOFTCAP=softcap, ROWS=16, DEPTH=128, num_warps=4,
+            _finish_kernel, (-(-rows // 16),), packed_hidden, weight, bias, packed_targets, sequence.places,
+            sequence.counts, peaks, totals, moments, logprobs, entropies, lses, top, coefficients, first, n, rows,
+            vocab_tiles, width, pitch, *weight.stride(), *numbers, scale,
+            SOFTCAP=softcap, ROWS=16, DEPTH=128, num_warps=4,
         )  # fmt: skip
         for k in range(order):
             _product(
@@ -482,16 +479,18 @@ def _fused_forward(
             )  # fmt: skip
         if order:
             launch(
-                _jacobian_kernel, (-(-rows // 16), -(-width // 128)), parts, weight, packed_targets, sequence.index,
+                _jacobian_kernel, (-(-rows // 16), -(-width // 128)), parts, weight, packed_targets, sequence.places,
                 sequence.counts, coefficients, jacobians[0], jacobians[1] if order == 2 else None,
                 first, n, rows, width, pitch, *weight.stride(), SPLITS=SPLITS, ROWS=16, COLUMNS=128, num_warps=4,
             )  # fmt: skip
+        del packed_hidden, packed_targets
     return logprobs, entropies, lses, jacobians[0], jacobians[1]
 
 
 def _fused_backward(
     grad: Tensor,
     grad_entropy: Tensor,
+    own: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -517,9 +516,10 @@ def _fused_backward(
 
     packed_hidden = sequence.pack(hidden, scored, 0, rows, 0, weight.dtype)
     # Rows that do not count: a log Σ e^z of +inf makes their p 0.
-    inputs = (targets, -1), (grad, 0), (grad_entropy, 0), (lse, torch.inf), (entropy, 0)
-    columns = [sequence.pack(x, scored, 0, rows, fill, x.dtype) for x, fill in inputs]
-    columns[2] = columns[2] if with_entropy else None
+    inputs = (targets, -1), (own, 0), (grad, 0), (grad_entropy, 0), (lse, torch.inf), (entropy, 0)
+    columns: list[Any] = [sequence.pack(x, scored, 0, rows, fill, x.dtype) for x, fill in inputs]
+    if not with_entropy:
+        columns[3] = None
     dlogits = torch.empty(rows, span, dtype=weight.dtype, device=hidden.device)
     bias_parts = torch.empty(row_tiles, span, device=hidden.device) if need_bias else None
     d_hidden = torch.zeros(1, rows if need_hidden else 0, pitch, device=hidden.device)
@@ -530,11 +530,9 @@ def _fused_backward(
         launch(
             _dlogits_kernel, (row_tiles * -(-(stop - base) // tile.columns),), packed_hidden,
             _descriptor(packed_hidden, tile.rows, tile.depth), weight, _descriptor(weight, tile.columns, tile.depth),
-            bias,
-            *columns, sequence.counts, dlogits, bias_parts, row_tiles, base, rows, vocabulary, width, pitch,
-            *weight.stride(),
-            span, *numbers, scale, SOFTCAP=softcap, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages,
+            bias, *columns, sequence.counts, dlogits, bias_parts, row_tiles, base, rows, vocabulary, width, pitch,
+            *weight.stride(), span, *numbers, scale, SOFTCAP=softcap, ROWS=tile.rows, COLUMNS=tile.columns,
+            DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if bias_parts is not None:
             d_bias[base:stop] = bias_parts[:, : stop - base].sum(0)
@@ -545,7 +543,7 @@ def _fused_backward(
             _product(dlogits, packed_hidden[:, :width], chunk, depth=rows, count=sequence.counts[1:], filled=tile.rows)
     result = hidden.new_empty(hidden.shape if need_hidden else (0, width))
     if need_hidden:
-        result[sequence.index] = d_hidden[0, :n, :width].to(hidden.dtype)
+        result[sequence.places] = d_hidden[0, :n, :width].to(hidden.dtype)
     return result, d_weight, d_bias.to(weight.dtype if bias is None else bias.dtype)
 
 
@@ -587,6 +585,7 @@ def _backward(
     targets: Tensor,
     bias: Tensor | None,
     packed: Tensor,
+    logprobs: Tensor,
     lse: Tensor,
     entropy: Tensor,
     ignore_index: int,
@@ -597,16 +596,20 @@ def _backward(
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for a trainable head, from logits computed again; what is not needed has no elements."""
+    # dL/dz_v = g·([v = y] − p_v) − g_H·p_v·(log p_v + H) at v = y, where 1 − p loses no digits as −expm1(log p)
+    own = -grad * torch.expm1(logprobs)
+    if with_entropy:
+        own -= grad_entropy * logprobs.exp() * (logprobs.clamp(min=_linear_tiles.LOWEST) + entropy)
     backward = _fused_backward if fused else _linear_tiles.backward
     return backward(
-        grad, grad_entropy, hidden, weight, targets, bias, packed, lse, entropy, ignore_index, with_entropy,
+        grad, grad_entropy, own, hidden, weight, targets, bias, packed, lse, entropy, ignore_index, with_entropy,
         need_hidden, need_weight, need_bias,
     )  # fmt: skip
 
 
 @_backward.register_fake
 def _(
-    grad, grad_entropy, hidden, weight, targets, bias, packed, lse, entropy, ignore_index, with_entropy,
+    grad, grad_entropy, hidden, weight, targets, bias, packed, logprobs, lse, entropy, ignore_index, with_entropy,
     need_hidden, need_weight, need_bias, fused,
 ):  # fmt: skip
     return (
@@ -618,14 +621,14 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     hidden, weight, targets, bias, _, packed, ignore_index, entropy, order, fused = inputs
-    _, entropies, lse, jacobian, entropy_jacobian = output
+    logprobs, entropies, lse, jacobian, entropy_jacobian = output
     ctx.mark_non_differentiable(lse, jacobian, entropy_jacobian)
     ctx.set_materialize_grads(False)
     ctx.options = ignore_index, entropy, order, fused, weight.shape[0], hidden.dtype
     if order:
         ctx.save_for_backward(targets, jacobian, entropy_jacobian)
     else:
-        ctx.save_for_backward(hidden, weight, targets, bias, packed, lse, entropies)
+        ctx.save_for_backward(hidden, weight, targets, bias, packed, logprobs, lse, entropies)
 
 
 @once_differentiable
@@ -637,9 +640,11 @@ def _autograd(ctx, grad, grad_entropy, *_):
     if order:
         targets, *jacobians = ctx.saved_tensors
         scored = is_scored(targets, vocabulary, ignore_index)
-        pairs = [(rows, torch.where(scored, g, 0)[:, None]) for rows, g in zip(jacobians, (grad, grad_entropy),
-        strict=True)
-                 if g is not None and len(rows) == len(targets)]  # fmt: skip
+        pairs = [
+            (rows, torch.where(scored, g, 0)[:, None])
+            for rows, g in zip(jacobians, (grad, grad_entropy), strict=True)
+            if g is not None and len(rows) == len(targets)
+        ]
         if not pairs:
             return none
         d_hidden = torch.empty_like(jacobians[0], dtype=dtype)
@@ -648,11 +653,11 @@ def _autograd(ctx, grad, grad_entropy, *_):
         else:
             torch.addcmul(pairs[0][0] * pairs[0][1], *pairs[1], out=d_hidden)
         return d_hidden, *none[1:]
-    hidden, weight, targets, bias, packed, lse, entropies = ctx.saved_tensors
+    hidden, weight, targets, bias, packed, logprobs, lse, entropies = ctx.saved_tensors
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]]
     grads = [torch.zeros_like(lse) if g is None else g for g in (grad, grad_entropy)]
     d_hidden, d_weight, d_bias = _backward(
-        *grads, hidden, weight, targets, bias, packed, lse, entropies, ignore_index, entropy, *need, fused
+        *grads, hidden, weight, targets, bias, packed, logprobs, lse, entropies, ignore_index, entropy, *need, fused
     )
     return (
         d_hidden if need[0] else None,
@@ -739,8 +744,7 @@ def active_logprobs(
     entropy_grad: bool,
     impl: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`linear_logprobs`, whose gradient may be wrong in the rows that are not `active` (...): their Jacobian is not
-    formed.
+    """`linear_logprobs` without the Jacobian of the rows that are not `active` (...): their gradient may be wrong.
 
     For callers who know that the gradient that arrives there is 0.
     """

@@ -174,7 +174,10 @@ def _strides(x: Tensor) -> tuple[int | None, ...]:
 
 
 def _tiling(*logits: Tensor) -> dict[str, Any]:
-    """Launch options for (L, T, V) tensors; aligned rows are read in vectors of 16 bytes."""
+    """Launch options for (L, T, V) tensors; aligned rows are read in vectors of 16 bytes.
+
+    For the others ptxas takes fewer registers than it needs and spills, unless it is allowed 128.
+    """
     bytes_each = logits[0].element_size()
     aligned = all(
         x.stride(2) == 1
@@ -182,7 +185,8 @@ def _tiling(*logits: Tensor) -> dict[str, Any]:
         and all(size * bytes_each % 16 == 0 for size in (x.stride(0), x.stride(1), x.shape[2]))
         for x in logits
     )
-    return {"ALIGNED": aligned, "BLOCK": BLOCK, "VECTOR": 16 // bytes_each, "num_warps": WARPS}
+    limit = None if aligned else 128
+    return {"ALIGNED": aligned, "BLOCK": BLOCK, "VECTOR": 16 // bytes_each, "num_warps": WARPS, "maxnreg": limit}
 
 
 def _tiles(logits: Tensor) -> Iterator[tuple[int | slice, ...]]:

@@ -1,8 +1,7 @@
 """What an op would launch, found and compiled for any GPU on a machine without one.
 
 `recorded(capability)` lets an op run on CPU tensors up to each launch, which is noted with the very specialisation
-Triton
-would derive from its arguments, and not made. Works in a process without TRITON_INTERPRET.
+Triton would derive from its arguments, and not made. Works in a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -29,10 +28,8 @@ MATRIX_CAPABILITIES = CAPABILITIES[1:]
 # Shared memory one block may use, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability"
 SHARED_LIMIT = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-REGISTERS, THREADS = (
-    65_536,
-    {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536},
-)  # per multiprocessor
+# Per multiprocessor
+REGISTERS, THREADS = 65_536, {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 
 
 @dataclass

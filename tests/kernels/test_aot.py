@@ -1,19 +1,17 @@
 """Every kernel, with the arguments its op really passes, compiled for every GPU it ships for; no GPU is needed.
 
 Each `test_triton_<op>.py` names its cases: `calls()` yields (name, function) that cover its kernels' variants,
-`numbers()`
-yields functions that differ only in sizes and numbers.
+`numbers()` yields functions that differ only in sizes and numbers.
 """
 
 from collections import defaultdict
 from importlib import import_module
 
 import pytest
-from launches import CAPABILITIES, SHARED_LIMIT, recorded
+from launches import CAPABILITIES, MATRIX_CAPABILITIES, SHARED_LIMIT, recorded
 
-OPS = ["linear_logprobs", "token_logprobs"]
-MATRIX = {"linear_logprobs": (90,)}  # matrix units
-CASES = [(op, cap) for op in OPS for cap in (MATRIX[op] if op in MATRIX else CAPABILITIES)]
+OPS = ["advantages", "grpo_loss", "linear_logprobs", "token_logprobs"]
+CASES = [(op, cap) for op in OPS for cap in (MATRIX_CAPABILITIES if op == "linear_logprobs" else CAPABILITIES)]
 
 
 @pytest.mark.parametrize("op, capability", CASES)

@@ -163,7 +163,7 @@ def test_opcheck_linear_logprobs(order, bias):
 @pytest.mark.parametrize("need", [(True, True, True), (True, False, False), (False, True, False)])
 def test_opcheck_linear_logprobs_backward(need):
     hidden, weight, targets, bias, packed = (x.detach() for x in flat())
-    rows = [torch.randn(5) for _ in range(4)]
+    rows = [torch.randn(5) for _ in range(5)]
     arguments = (*rows[:2], hidden, weight, targets, bias, packed, *rows[2:], -100, True, *need, False)
     torch.library.opcheck(OPS.linear_logprobs_backward.default, arguments, test_utils=CHECKS)
 

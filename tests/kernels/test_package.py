@@ -82,8 +82,10 @@ new = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert dict(os.environ) == environment
 assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, dtype)
 assert not torch.cuda.is_initialized()
-assert not {"transformers", "diffusers", "peft", "trl", "liger_kernel"} & {name.partition(".")[0] for name in sys.modules}
-others = {name for name in new if name not in sys.stdlib_module_names and not name.startswith("_sysconfigdata")} - {"uae_kernels", "torch", "triton"}
+loaded = {name.partition(".")[0] for name in sys.modules}
+assert not {"transformers", "diffusers", "peft", "trl", "liger_kernel"} & loaded
+known = {*sys.stdlib_module_names, "uae_kernels", "torch", "triton"}
+others = {name for name in new - known if not name.startswith("_sysconfigdata")}
 assert not others, others
 """
     subprocess.run([sys.executable, "-c", code], check=True)

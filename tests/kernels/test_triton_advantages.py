@@ -2,9 +2,9 @@ import itertools
 
 import pytest
 import torch
-from conftest import INTERPRETED
 from hypothesis import given
 from hypothesis import strategies as st
+from measures import INTERPRETED
 from uae_kernels import advantages, group_advantages, reference
 from uae_kernels._common import pack
 

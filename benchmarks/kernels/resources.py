@@ -1,6 +1,6 @@
 """Registers, shared memory and occupancy of every kernel on every architecture, compiled ahead of time without a GPU.
 
-python -m benchmarks.kernels.resources [OP…]     # writes results/resources.jsonl and results/resources.md
+    python -m benchmarks.kernels.resources [OP…]     # writes results/resources.jsonl and results/resources.md
 """
 
 from __future__ import annotations
@@ -8,28 +8,19 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from importlib import import_module
 
 from ..rows import RESULTS, ROOT, Row, environment, read
 
 NAME = "resources"
-TESTS = ROOT / "tests" / "kernels"  # each test_triton_<op>.py names in calls() what covers its kernels' variants
-MATRIX = {"linear_logprobs", "linear_grpo_loss"}
+TESTS = ROOT / "tests" / "kernels"  # where launches.py and test_aot.py stand
 
 
 def measure(op: str, capability: int) -> list[Row]:
     """What the kernels need that the calls of an op compile: `binaries` of them alike, `case` one of these."""
-    from launches import recorded
+    from launches import variants
 
-    seen = {}
-    with recorded(capability) as launches:
-        for name, call in import_module(f"test_triton_{op}").calls():
-            before = len(launches)
-            call()
-            for launch in launches[before:]:
-                seen.setdefault(launch.key, (name, launch))
     rows: dict[tuple, Row] = {}
-    for name, launch in seen.values():
+    for name, launch in variants(op, capability):
         row = {"op": op, "kernel": launch.name, "capability": capability, **launch.resources}
         rows.setdefault(tuple(row.values()), row | {"case": name, "binaries": 0})["binaries"] += 1
     return list(rows.values())
@@ -66,15 +57,15 @@ def table(rows: list[Row]) -> str:
 
 def main(ops: list[str]) -> None:
     sys.path.insert(0, str(TESTS))
-    from launches import CAPABILITIES, MATRIX_CAPABILITIES
+    from test_aot import CASES, OPS
 
-    ops = ops or sorted(file.stem.removeprefix("test_triton_") for file in TESTS.glob("test_triton_*.py"))
+    ops = ops or OPS
     where = environment("cpu")
     kept = {key: where[key] for key in ("commit", "dirty", "date")} | {"triton": where["versions"]["triton"]}
     file = RESULTS / f"{NAME}.jsonl"
     rows = [row for row in read(file.name, RESULTS) if row["op"] not in ops]
-    for op in ops:
-        for capability in MATRIX_CAPABILITIES if op in MATRIX else CAPABILITIES:
+    for op, capability in CASES:
+        if op in ops:
             rows += [row | kept for row in measure(op, capability)]
             print(f"{op}, sm_{capability}")
     RESULTS.mkdir(parents=True, exist_ok=True)

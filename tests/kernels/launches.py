@@ -12,6 +12,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -111,3 +112,16 @@ def recorded(capability: int):
         mock.patch.object(_triton, "capability", lambda tensor: capability),
     ):
         yield launches
+
+
+def variants(op: str, capability: int) -> list[tuple[str, Launch]]:
+    """Each kernel that the `calls()` of test_triton_<op>.py compile, once, with the name of a call that does."""
+    found: dict[str, tuple[str, Launch]] = {}
+    with recorded(capability) as launches:
+        for name, call in import_module(f"test_triton_{op}").calls():
+            launches.clear()
+            call()
+            assert launches, f"{name} launches nothing"
+            for launch in launches:
+                found.setdefault(launch.key, (name, launch))
+    return list(found.values())

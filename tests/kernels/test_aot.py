@@ -8,7 +8,7 @@ from collections import defaultdict
 from importlib import import_module
 
 import pytest
-from launches import CAPABILITIES, MATRIX_CAPABILITIES, SHARED_LIMIT, recorded
+from launches import CAPABILITIES, MATRIX_CAPABILITIES, SHARED_LIMIT, recorded, variants
 
 OPS = ["advantages", "grpo_loss", "linear_logprobs", "token_logprobs"]
 CASES = [(op, cap) for op in OPS for cap in (MATRIX_CAPABILITIES if op == "linear_logprobs" else CAPABILITIES)]
@@ -16,14 +16,7 @@ CASES = [(op, cap) for op in OPS for cap in (MATRIX_CAPABILITIES if op == "linea
 
 @pytest.mark.parametrize("op, capability", CASES)
 def test_compiles_within_the_chips_limits(op, capability):
-    seen = {}
-    with recorded(capability) as launches:
-        for name, call in import_module(f"test_triton_{op}").calls():
-            before = len(launches)
-            call()
-            assert len(launches) > before, f"{name} launches nothing"
-            seen.update({launch.key: (name, launch) for launch in launches[before:]})
-    for name, launch in seen.values():
+    for name, launch in variants(op, capability):
         where = f"{launch.name} for {name} on sm_{capability}"
         assert launch.resources["stack"] == 0, f"{where} spills: {launch.resources}"
         assert launch.resources["shared"] <= SHARED_LIMIT[capability], f"{where}: {launch.resources}"
@@ -40,13 +33,13 @@ def test_compiles_within_the_chips_limits(op, capability):
 
 @pytest.mark.parametrize("op", OPS)
 def test_no_new_kernel_for_other_numbers(op):
-    variants = defaultdict(set)
+    compiled = defaultdict(set)
     with recorded(90) as launches:
         for call in import_module(f"test_triton_{op}").numbers():
             call()
     for launch in launches:
-        variants[launch.name].add(launch.key)
-    assert variants and {name: len(keys) for name, keys in variants.items() if len(keys) > 3} == {}
+        compiled[launch.name].add(launch.key)
+    assert compiled and {name: len(keys) for name, keys in compiled.items() if len(keys) > 3} == {}
 
 
 def test_every_program_id_is_widened():

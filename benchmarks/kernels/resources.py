@@ -1,6 +1,6 @@
 """Registers, shared memory and occupancy of every kernel on every architecture, compiled ahead of time without a GPU.
 
-    python -m benchmarks.kernels.resources [OP…]     # writes results/resources.jsonl and results/resources.md
+python -m benchmarks.kernels.resources [OP…]     # writes results/resources.jsonl and results/resources.md
 """
 
 from __future__ import annotations

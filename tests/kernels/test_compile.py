@@ -1,10 +1,21 @@
+"""torch.compile takes every op as it is, and once for all values of a number; torch.library finds no fault."""
+
+import importlib
+
 import pytest
 import torch
-import uae_kernels as u
 from torch._dynamo.testing import CompileCounterWithBackend
-from uae_kernels._common import pack_head
+from torch.utils.flop_counter import FlopCounterMode
+from uae_kernels import (
+    flow_grpo_loss,
+    flow_step,
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_logprobs,
+    token_logprobs,
+)
 
-OPS = torch.ops.uae_kernels
 B, T, H, V = 4, 6, 8, 20
 
 
@@ -13,169 +24,191 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def tensors():
-    hidden, weight = torch.randn(B, T, H, requires_grad=True), torch.randn(V, H)
-    logp = torch.randn(B, T, requires_grad=True)
-    return hidden, weight, torch.randint(0, V, (B, T)), logp, torch.randn(B), torch.randn(B, T)
+def leaf(*shape):
+    return torch.randn(shape, requires_grad=True)
 
 
-def cases():
-    """name -> a differentiable function of one number, which must not be compiled in."""
-    hidden, weight, targets, logp, a, other = tensors()
-    trainable = weight.clone().requires_grad_()
-    logits = torch.randn(B, T, V, requires_grad=True)
-    v, x, w = (torch.randn(3, 2, 5, requires_grad=i == 0) for i in range(3))
-    grpo = dict(old_logprobs=other, ref_logprobs=other * 1.1, sampling_logprobs=other * 0.9, entropies=-other)
-    yield "token temperature", logits, lambda s: u.token_logprobs(logits, targets, temperature=s).sum()
-    yield "token softcap", logits, lambda s: u.token_logprobs(logits, targets, softcap=s, logit_scale=s).sum()
-    yield (
-        "token inplace",
-        logits,
-        lambda s: u.token_logprobs(logits, targets, temperature=s, inplace_backward=True).sum(),
-    )
-    yield (
-        "linear",
-        hidden,
-        lambda s: u.linear_logprobs(hidden, weight, targets, temperature=s, softcap=s + 1).sum(),
-    )
-    yield (
-        "entropy",
-        hidden,
-        lambda s: sum(
-            o.sum()
-            for o in u.linear_logprobs(
-                hidden, trainable, targets, temperature=s, return_entropy=True, entropy_grad=True
-            )
-        ),
-    )
-    yield (
-        "linear_grpo",
-        hidden,
-        lambda s: (
-            u.linear_grpo_loss(
-                hidden, weight, targets, rewards=a, group_size=2, temperature=s, clip_low=s, entropy_coef=0.1
-            ).loss
-        ),
-    )
-    for key in ("clip_low", "clip_high", "delta", "beta", "importance_cap", "off_policy_threshold",
-                "entropy_quantile", "entropy_coef", "normalizer"):  # fmt: skip
-        yield key, logp, lambda s, key=key: u.grpo_loss(logp, a, **grpo, **{key: s}).loss
-    yield (
-        "sapo",
-        logp,
-        lambda s: u.grpo_loss(logp, a, old_logprobs=other, loss_type="sapo", sapo_temperature=(s, 2 * s)).loss,
-    )
-    yield (
-        "vespo",
-        logp,
-        lambda s: u.grpo_loss(logp, a, old_logprobs=other, loss_type="vespo", vespo=(s, 1.0, s, s)).loss,
-    )
-    rewards = torch.randn(B, requires_grad=True)
-    for key in ("eps", "clip"):
-        yield key, rewards, lambda s, key=key: u.group_advantages(rewards, 2, **{key: s}).square().sum()
-    for kind in ("flow_sde", "dance_sde", "cps"):
-        yield (
-            kind,
-            v,
-            lambda s, kind=kind: u.flow_step(
-                v, x, s + 0.3, s, kind=kind, noise_level=s, velocity_uncond=w, guidance_scale=s, seed=7
-            ).log_prob.sum(),
-        )
-        yield (
-            kind + " loss",
-            v,
-            lambda s, kind=kind: (
-                u.flow_grpo_loss(
-                    v,
-                    x,
-                    w,
-                    a[:3] * 0 - 1,
-                    a[:3],
-                    s + 0.3,
-                    s,
-                    kind=kind,
-                    clip_range=s,
-                    ref_velocity=w,
-                    beta=s,
-                    advantage_clip=s,
-                ).loss
-            ),
-        )
+# Each makes inputs, and returns one that needs a gradient and a differentiable function of the number of that name.
 
 
-CASES = {name: (leaf, function) for name, leaf, function in cases()}
+def token_case(number, **options):
+    logits, targets = leaf(B, T, V), torch.randint(-1, V, (B, T))
+
+    def call(s):
+        out = token_logprobs(logits, targets, **({"logit_scale": 1.2} | options | {number: s}))
+        return sum(x.sum() for x in out) if options.get("return_entropy") else out.sum()
+
+    return logits, call
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_one_graph_for_every_number(name):
-    leaf, function = CASES[name]
+def linear_case(number, train=False, **options):
+    hidden, weight, bias = leaf(B, T, H), leaf(V, H), leaf(V)
+    weight.requires_grad_(train), bias.requires_grad_(train)
+    targets = torch.randint(-1, V, (B, T))
+
+    def call(s):
+        out = linear_logprobs(hidden, weight, targets, bias=bias, **({"softcap": 5.0} | options | {number: s}))
+        return sum(x.sum() for x in out) if options.get("return_entropy") else out.sum()
+
+    return hidden, call
+
+
+def linear_grpo_case(number):
+    hidden, weight, targets = leaf(B, T, H), torch.randn(V, H), torch.randint(0, V, (B, T))
+    rewards, old = torch.randn(B), torch.full((B, T), -3.0)
+
+    def call(s):
+        given = dict(rewards=rewards, group_size=2, old_logprobs=old, entropy_coef=0.1) | {number: s}
+        return linear_grpo_loss(hidden, weight, targets, **given).loss
+
+    return hidden, call
+
+
+def advantages_case(number, **options):
+    rewards = leaf(B, 2)
+    return rewards, lambda s: group_advantages(rewards, 2, **options, **{number: s}).square().sum()
+
+
+def grpo_case(number, **options):
+    logp, a, mask = leaf(B, T), torch.tensor([1.0, -0.5, 0.8, -1.2]), torch.rand(B, T) > 0.3
+    old, ref, sampler = (logp.detach() + torch.randn(B, T) for _ in range(3))
+    tensors = dict(mask=mask, old_logprobs=old, ref_logprobs=ref, sampling_logprobs=sampler)
+    values = dict(beta=0.1, entropies=torch.rand(B, T)) | options
+    scaled = {
+        "normalizer": lambda s: 9 * s, "off_policy_threshold": lambda s: 5 * s - 2,
+        "sapo_temperature": lambda s: (s, 2 * s), "vespo": lambda s: (s, 1.0, s, s),
+    }.get(number, lambda s: s)  # fmt: skip
+    return logp, lambda s: grpo_loss(logp, a, **tensors, **(values | {number: scaled(s)})).loss
+
+
+def step_case(number, **options):
+    v, x, u = leaf(3, 2, 5), torch.randn(3, 2, 5), torch.randn(3, 2, 5)
+
+    def call(s):
+        given = dict(sigma_next=0.1, noise_level=0.4, guidance_scale=2.0, seed=7) | options | {number: s}
+        step = flow_step(v, x, 0.9, velocity_uncond=u, **given)
+        return step.log_prob.sum() + step.next_sample.square().sum()
+
+    return v, call
+
+
+def flow_case(number, **options):
+    v, x, taken, ref = leaf(3, 2, 5), *(torch.randn(3, 2, 5) for _ in range(3))
+    a, old = torch.randn(3), torch.full((3,), -1.0)
+
+    def call(s):
+        given = dict(sigma=0.9, noise_level=0.4, clip_range=0.3, beta=0.2) | options | {number: s}
+        return flow_grpo_loss(v, x, taken, old, a, sigma_next=0.1, ref_velocity=ref, **given).loss
+
+    return v, call
+
+
+ENTROPY = dict(return_entropy=True, entropy_grad=True)
+KINDS = ("flow_sde", "dance_sde", "cps")
+CASES = [
+    *((token_case, name, {}) for name in ("temperature", "softcap")),
+    (token_case, "temperature", dict(inplace_backward=True)),
+    *((linear_case, name, {}) for name in ("temperature", "softcap")),
+    (linear_case, "temperature", dict(train=True) | ENTROPY),
+    *((linear_grpo_case, name, {}) for name in ("temperature", "clip_low")),
+    *((advantages_case, name, {}) for name in ("eps", "clip")),
+    *((grpo_case, name, {}) for name in (
+        "clip_low", "clip_high", "delta", "beta", "importance_cap", "off_policy_threshold", "entropy_quantile",
+        "entropy_coef",
+    )),
+    (grpo_case, "normalizer", dict(loss_type="dapo")),
+    (grpo_case, "sapo_temperature", dict(loss_type="sapo")),
+    (grpo_case, "vespo", dict(loss_type="vespo")),
+    *((step_case, name, {}) for name in ("sigma_next", "guidance_scale")),
+    *((step_case, "noise_level", dict(kind=kind)) for kind in KINDS),
+    *((flow_case, name, {}) for name in ("sigma", "clip_range", "beta", "advantage_clip")),
+    *((flow_case, "noise_level", dict(kind=kind)) for kind in KINDS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case, number, options", CASES)
+def test_compiles_once_for_all_values_of_a_number(case, number, options):
+    tensor, call = case(number, **options)
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    seen = set()
     for i in range(12):  # the ninth recompilation would raise
-        number = 0.15 + i / 23
-        results = [(out, *torch.autograd.grad(out, leaf)) for out in (compiled(number), function(number))]
-        for c, e in zip(*results, strict=True):
-            torch.testing.assert_close(c, e)
-    assert counter.frame_count <= 2  # once for the first number, once for any number
+        value = 0.15 + i / 23
+        results = [(loss, *torch.autograd.grad(loss, tensor)) for loss in (compiled(value), call(value))]
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+        seen.add(tuple(x.double().norm().item() for x in results[0]))
+    assert counter.frame_count <= 2  # for the first number, and for any number
+    assert len(seen) > 1  # the number is not compiled in
 
 
-def test_no_recompilation_for_seeds():
-    v, x = torch.randn(3, 8), torch.randn(3, 8)
+def test_compiles_once_for_all_seeds():
+    _, call = step_case("seed")
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda s: u.flow_step(v, x, 0.8, 0.7, seed=s).next_sample, fullgraph=True, backend=counter)
-    for i in range(10):
-        assert torch.equal(compiled(i + 3), u.flow_step(v, x, 0.8, 0.7, seed=i + 3).next_sample)
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for seed in range(3, 13):
+        assert torch.equal(compiled(seed), call(seed))
     assert counter.frame_count <= 2
 
 
 def test_inductor():
-    hidden, weight, targets, _, a, other = tensors()
-
-    def step(hidden):
-        return u.linear_grpo_loss(hidden, weight, targets, a, old_logprobs=other, temperature=0.9).loss
-
-    results = [
-        (o, torch.autograd.grad(o, hidden)[0]) for o in (torch.compile(step, fullgraph=True)(hidden), step(hidden))
-    ]
+    hidden, call = linear_grpo_case("temperature")
+    results = [(o, *torch.autograd.grad(o, hidden)) for o in (torch.compile(call, fullgraph=True)(0.9), call(0.9))]
     for compiled, eager in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
 
 
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+VARIANTS = [
+    ("token_logprobs", token_case, "temperature", {}),
+    ("token_logprobs", token_case, "softcap", ENTROPY),
+    ("token_logprobs", token_case, "temperature", dict(inplace_backward=True) | ENTROPY),
+    ("linear_logprobs", linear_case, "temperature", {}),
+    ("linear_logprobs", linear_case, "temperature", ENTROPY),
+    ("linear_logprobs", linear_case, "temperature", dict(train=True)),
+    ("linear_logprobs", linear_case, "temperature", dict(train=True) | ENTROPY),
+    ("linear_logprobs", linear_grpo_case, "clip_low", {}),
+    ("advantages", advantages_case, "eps", {}),
+    ("advantages", advantages_case, "clip", dict(aggregation="normalize_then_sum")),
+    ("advantages", advantages_case, "eps", dict(reward_weights=torch.rand(2), scale="batch")),
+    ("grpo_loss", grpo_case, "clip_low", {}),
+    ("grpo_loss", grpo_case, "entropy_coef", dict(entropies=leaf(B, T))),
+    ("grpo_loss", grpo_case, "delta", dict(loss_type="vespo", normalizer=torch.tensor(3.0), max_length=9)),
+    ("flow_step", step_case, "noise_level", {}),
+    ("flow_step", step_case, "noise_level", dict(next_sample=torch.randn(3, 2, 5), seed=None, kind="cps")),
+    ("flow_step", step_case, "guidance_scale", dict(noise=torch.randn(3, 2, 5), seed=None)),
+    ("flow_grpo_loss", flow_case, "beta", {}),
+    ("flow_grpo_loss", flow_case, "beta", dict(velocity_uncond=leaf(3, 2, 5), normalizer=torch.tensor(7.0))),
+]
 
 
-def flat(*, train=False, bias=True):
-    hidden = torch.randn(5, H, requires_grad=True)
-    weight = torch.randn(V, H, requires_grad=train)
-    b = torch.randn(V, requires_grad=train) if bias else None
-    return hidden, weight, torch.tensor([1, 5, -100, 3, 19]), b, pack_head(0.7, 5.0, 1.2)
+@pytest.mark.parametrize("name, case, number, options", VARIANTS)
+def test_opcheck(name, case, number, options, monkeypatch):
+    """torch.library's own checks on the flat ops, with the arguments that the public function gives them."""
+    module, calls = importlib.import_module(f"uae_kernels.{name}"), []
+    for part in ("_forward", "_backward", "_backward_"):
+        op = getattr(module, part, None)
+        if op:
+            record = lambda *given, op=op: calls.append((op, [*map(copied, given)])) or op(*given)  # noqa: E731
+            monkeypatch.setattr(module, part, record)
+    tensor, call = case(number, **options)
+    torch.autograd.grad(call(0.4), tensor)
+    frozen = name == "linear_logprobs" and not options.get("train")  # its backward pass is a row scaling
+    assert len(calls) == 2 - frozen
+    for op, arguments in calls:
+        if op is not calls[0][0]:  # the backward pass is not differentiable itself
+            arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+        torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("bias", [True, False])
-def test_opcheck_linear_logprobs(order, bias):
-    *inputs, packed = flat(train=order == 0, bias=bias)
-    active = torch.tensor([True, False, True, True, False]) if bias else None
-    arguments = (*inputs, active, packed, -100, order == 2, order, False)
-    torch.library.opcheck(OPS.linear_logprobs.default, arguments, test_utils=CHECKS)
+def copied(given):
+    """An argument as it was before an op that writes to it."""
+    return given.detach().clone().requires_grad_(given.requires_grad) if isinstance(given, torch.Tensor) else given
 
 
-@pytest.mark.parametrize("need", [(True, True, True), (True, False, False), (False, True, False)])
-def test_opcheck_linear_logprobs_backward(need):
-    hidden, weight, targets, bias, packed = (x.detach() for x in flat())
-    rows = [torch.randn(5) for _ in range(5)]
-    arguments = (*rows[:2], hidden, weight, targets, bias, packed, *rows[2:], -100, True, *need, False)
-    torch.library.opcheck(OPS.linear_logprobs_backward.default, arguments, test_utils=CHECKS)
-
-
-@pytest.mark.parametrize("entropy", [True, False])
-def test_opcheck_token_logprobs(entropy):
-    logits, targets = torch.randn(2, 3, V, requires_grad=True), torch.randint(-1, V, (2, 3))
-    packed = pack_head(0.7, None, 1.2)
-    forward = OPS.token_logprobs.default
-    torch.library.opcheck(forward, (logits, targets, packed, -100, entropy, False, False), test_utils=CHECKS)
-    saved = forward(logits.detach(), targets, packed, -100, entropy, False, False)
-    grads = torch.randn(2, 3), torch.randn(2, 3) if entropy else None
-    arguments = (*grads, logits.detach(), targets, packed, *saved, -100, False)
-    torch.library.opcheck(OPS.token_logprobs_backward.default, arguments, test_utils=CHECKS)
-    torch.library.opcheck(OPS.token_logprobs_backward_.default, arguments, test_utils=CHECKS)
+@pytest.mark.parametrize("case, number, options", {case[0]: case for case in reversed(CASES)}.values())
+def test_gradients_inside_a_dispatch_mode(case, number, options):
+    tensor, call = case(number, **options)
+    expected = torch.autograd.grad(call(0.4), tensor)
+    with FlopCounterMode(display=False):
+        actual = torch.autograd.grad(call(0.4), tensor)
+    assert torch.equal(*expected, *actual) and expected[0].abs().sum() > 0

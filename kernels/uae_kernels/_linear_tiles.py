@@ -11,7 +11,7 @@ from .reference.token_logprobs import is_scored
 # Libraries choose another algorithm for another row count, and treat the rows of an odd-sized product
 # unequally: every product has ROWS rows and multiples of ALIGN elsewhere, filled up with zeros.
 ROWS = {"cpu": 128, "cuda": 512}
-COLUMNS = {"cpu": 1024, "cuda": 16384}
+COLUMNS = {"cpu": 4096, "cuda": 16384}
 ALIGN = 16
 TILES = 16  # row tiles that share one pass over the vocabulary
 

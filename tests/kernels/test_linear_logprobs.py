@@ -224,7 +224,7 @@ def test_peak_memory_is_far_below_the_logits(dtype):
 
 
 def test_nothing_for_a_weight_that_needs_no_gradient():
-    hidden, weight, bias, targets = problem(8, 16, 20_000)
+    hidden, weight, bias, targets = problem(8, 64, 20_000)
     for train in (False, True):
         bias.requires_grad_(train)
         hidden.grad, _ = None, hidden.requires_grad_()

@@ -53,6 +53,7 @@ fuzz: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m pytest benchmarks/kernels $(if $(QUICK),--quick)
+	@$(if $(QUICK),,$(BIN)/python -m benchmarks.kernels.report > /dev/null && $(BIN)/python -m benchmarks.tables)
 
 mutants: $(STAMP)
 	@$(BIN)/python tests/kernels/mutants.py

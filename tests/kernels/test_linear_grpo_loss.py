@@ -166,15 +166,16 @@ def test_flops(entropy_coef, count):
     assert (count - 0.05) * b * t * h * v <= flops <= (count + 0.05) * b * t * h * v
 
 
-@pytest.mark.parametrize("beta, products", [(0.0, 3), (0.1, 4)])
-def test_a_group_of_equal_rewards_takes_no_part_in_the_second_product(beta, products):
+@pytest.mark.parametrize("beta, entropy_coef, products", [(0.0, 0.0, 3), (0.1, 0.0, 4), (0.0, 0.1, 6)])
+def test_a_group_of_equal_rewards_takes_no_part_in_the_second_product(beta, entropy_coef, products):
+    """Unless a KL or an entropy bonus brings it a gradient."""
     b, t, h, v = 4, 128, 64, 4096
     hidden, weight = torch.randn(b, t, h, requires_grad=True), torch.randn(v, h)
     rewards = torch.tensor([1.0, 1.0, 0.0, 1.0])
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as profiler:
         out = linear_grpo_loss(
             hidden, weight, torch.randint(0, v, (b, t)), rewards=rewards, group_size=2, beta=beta,
-            ref_logprobs=torch.zeros(b, t) if beta else None,
+            entropy_coef=entropy_coef, ref_logprobs=torch.zeros(b, t) if beta else None,
         )  # fmt: skip
         out.loss.backward()
     flops = sum(e.flops for e in profiler.events() if e.name in ("aten::mm", "aten::addmm", "aten::bmm"))

@@ -59,7 +59,7 @@ def test_training_draws_from_no_hidden_stream(world, small_config):
     runs = []
     for seed in (1, 2):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-        options = ("stages=[0,1,2,3]", "evaluate.images=2", "models.encoder=lora", "models.decoder=lora")
+        options = (*EVERY_STAGE, "models.encoder=lora", "models.decoder=lora")
         runs.append(train(small_config(world, *options, run=f"run{seed}")))
     assert_equal_runs(*runs)
 

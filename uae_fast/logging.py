@@ -61,8 +61,9 @@ class RunLog:
                 self.writer.add_scalar(f"{stage}/{name}", value, step)
 
     def sync(self) -> None:
-        """Forces all rows to the disk; raises OSError where it takes no more."""
-        self._write(force=True)
+        """Forces all rows to the disk; raises OSError where it takes no more. Without a row there is no file."""
+        if self.waiting or self.path.exists():
+            self._write(force=True)
 
     def _write(self, force: bool = False) -> None:
         with self.path.open("ab", buffering=0) as file:

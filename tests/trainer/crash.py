@@ -5,8 +5,9 @@
 One process imports everything and forks a child for every attempt, so that an attempt costs a second or two. Half of
 the children are killed after a random time. The others kill themselves at a random fault point: before and in the
 middle of every write, before and after every fsync, before every rename, removal and new folder, and half-way through
-every file of tensors. Production code knows nothing of this: the points are put around the functions of the standard
-library and of safetensors that it calls. Each round ends in an attempt that nobody kills.
+every file of tensors; each of these kinds has the same chance. Production code knows nothing of this: the points are
+put around the functions of the standard library and of safetensors that it calls. Each round ends in an attempt that
+nobody kills.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ class FaultPoints:
     """
 
     def __init__(self, folder: Path, fatal: int):
-        self.folder, self.fatal, self.count = str(folder), fatal, 0
+        self.folder, self.fatal = str(folder), fatal
+        self.passed: list[str] = []  # the points' kinds
 
-    def reached(self, path: object) -> None:
+    def reached(self, kind: str, path: object) -> None:
         if str(path).startswith(self.folder):
-            self.count += 1
-            if self.count == self.fatal:
+            self.passed.append(kind)
+            if len(self.passed) == self.fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
@@ -62,43 +64,43 @@ class FaultPoints:
 
         serialize, opened = safetensors.torch.serialize_file, io.open
         for module, name in ((os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")):
-            setattr(module, name, self._before(getattr(module, name)))
+            setattr(module, name, self._before(name, getattr(module, name)))
         fsync = os.fsync
 
         def fsync_between(descriptor: int) -> None:
             path = os.readlink(f"/proc/self/fd/{descriptor}")
-            self.reached(path)
+            self.reached("fsync", path)
             fsync(descriptor)
-            self.reached(path)
+            self.reached("fsync", path)
 
         def serialize_halfway(tensors, path, *arguments, **options):
-            self.reached(path)
+            self.reached("tensors", path)
             serialize(tensors, path, *arguments, **options)
             content = Path(path).read_bytes()
             os.truncate(path, len(content) // 2)
-            self.reached(path)
+            self.reached("tensors", path)
             with opened(path, "r+b") as file:
                 file.write(content)
-            self.reached(path)
+            self.reached("tensors", path)
 
         def open_and_write_halves(path, mode="r", *arguments, **options):
             if mode.startswith("r"):
                 return opened(path, mode, *arguments, **options)
-            self.reached(path)
+            self.reached("write", path)
             file = opened(path, mode, *arguments, **options)
-            return Halves(file, lambda: self.reached(path)) if str(path).startswith(self.folder) else file
+            return Halves(file, lambda: self.reached("write", path)) if str(path).startswith(self.folder) else file
 
         os.fsync = fsync_between
         safetensors.torch.serialize_file = serialize_halfway
         builtins.open = io.open = open_and_write_halves  # pathlib calls io's
 
-    def _before(self, function: Callable) -> Callable:
+    def _before(self, kind: str, function: Callable) -> Callable:
         def wrapped(path, *arguments, dir_fd=None, **options):
             if dir_fd is not None:  # as shutil.rmtree gives it
                 options["dir_fd"] = dir_fd
-                self.reached(f"{os.readlink(f'/proc/self/fd/{dir_fd}')}/{path}")
+                self.reached(kind, f"{os.readlink(f'/proc/self/fd/{dir_fd}')}/{path}")
             else:
-                self.reached(path)
+                self.reached(kind, path)
             return function(path, *arguments, **options)
 
         return wrapped
@@ -127,11 +129,11 @@ class Halves:
         self._file.close()
 
 
-def attempt(folder: Path, world: Path, *, fatal: int = 0, seconds: float | None = None) -> tuple[int, int]:
+def attempt(folder: Path, world: Path, *, fatal: int = 0, seconds: float | None = None) -> tuple[int, list[str]]:
     """One process of a run, resumed where it has a checkpoint; killed at a fault point or after a time.
 
     Returns:
-        Exit status (−9 where it was killed) and number of fault points it passed, if it came to its end.
+        Exit status (−9 where it was killed) and the kinds of the fault points it passed, if it came to its end.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -149,7 +151,7 @@ def attempt(folder: Path, world: Path, *, fatal: int = 0, seconds: float | None 
             break
         time.sleep(0.005)
     with os.fdopen(read) as pipe:
-        return os.waitstatus_to_exitcode(done[1]), int(pipe.read() or 0)
+        return os.waitstatus_to_exitcode(done[1]), pipe.read().split()
 
 
 def run_child(folder: Path, world: Path, fatal: int, pipe: int) -> int:
@@ -162,7 +164,8 @@ def run_child(folder: Path, world: Path, fatal: int, pipe: int) -> int:
     places = [f"run={folder}", f"data.train={world / 'train'}", f"data.heldout={world / 'heldout'}"]
     resume = ["--resume"] if checkpoints(folder / "checkpoints") else []
     status = main(["train", "tiny", *places, *OPTIONS, *resume])
-    os.write(pipe, str(points.count).encode())
+    with os.fdopen(pipe, "w") as file:
+        file.write(" ".join(points.passed))
     return status
 
 
@@ -199,22 +202,28 @@ def main() -> int:
     if status:
         print((folder / "whole.log").read_text())
         return 1
-    print(f"a run that nobody kills: {duration:.1f} s, {points} fault points", flush=True)
+    kinds = {kind: [n for n, each in enumerate(points, 1) if each == kind] for kind in sorted(set(points))}
+    counts = ", ".join(f"{kind} {len(places)}" for kind, places in kinds.items())
+    print(f"a run that nobody kills: {duration:.1f} s, {len(points)} fault points ({counts})", flush=True)
 
     kills = failures = 0
     for number in range(1, arguments.rounds + 1):
         run, words = folder / f"round{number}", []
         for _ in range(dice.randint(1, 3)):
-            how = {"fatal": dice.randint(1, points)} if dice.random() < 0.5 else {"seconds": dice.random() * duration}
-            status, _ = attempt(run, world, **how)
+            kind, seconds, fatal = dice.choice(list(kinds)), dice.random() * duration, 0
+            how = f"{seconds:.2f} s"
+            if dice.random() < 0.5:
+                fatal = dice.choice(kinds[kind])
+                how = f"{kind} at point {fatal}"
+            status, _ = attempt(run, world, fatal=fatal, seconds=None if fatal else seconds)
             if status != -signal.SIGKILL:
                 break
             kills += 1
-            words.append(f"{'point' if 'fatal' in how else 'time'} {next(iter(how.values())):.4g} → {survey(run)}")
+            words.append(f"{how} → {survey(run)}")
         if status == -signal.SIGKILL:
             status, _ = attempt(run, world)
         found = f"exit status {status}" if status else difference(folder / "whole", run)
-        left = [path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith("step-")]
+        left = [path.name for path in run.rglob(".*")]
         found = found or (f"left behind: {left}" if left else "")
         failures += bool(found)
         print(f"round {number}: {'; '.join(words) or 'came to its end before'}: {found or 'equal'}", flush=True)

@@ -10,17 +10,19 @@ from dataclasses import replace
 import pytest
 from runs import assert_equal_runs, differing_tensors
 
+import uae_fast.checkpoint
 import uae_fast.run
 from uae_fast.checkpoint import (
     DamagedCheckpoint,
     checkpoints,
     clear_leftovers,
     newest_checkpoint,
+    prune_checkpoints,
     read_state,
     save_checkpoint,
     verify_checkpoint,
 )
-from uae_fast.config import ConfigError
+from uae_fast.config import CheckpointConfig, ConfigError
 from uae_fast.guards import RunFailed
 from uae_fast.models.loading import load_models, load_run
 from uae_fast.run import Run
@@ -78,9 +80,6 @@ def test_retention(world, small_config, keep, expected):
 
 def test_the_best_checkpoint_stays(finished, tmp_path):
     """With scores planted: higher is better for a reward, lower for a loss; the newest may be the worst."""
-    from uae_fast.checkpoint import prune_checkpoints
-    from uae_fast.config import CheckpointConfig
-
     for key, best in (("reward", 1), ("loss", 0)):
         folder = shutil.copytree(finished[0] / "checkpoints", tmp_path / key)
         for path, score in zip(checkpoints(folder), (-3.0, 5.0, 1.0, 2.0), strict=True):
@@ -145,6 +144,45 @@ def test_half_a_checkpoint_is_none(copied):
     clear_leftovers(folder)
     assert steps(run) == [0, 2] and newest_checkpoint(folder).name == "step-000002"
     assert sorted(os.listdir(folder)) == ["step-000000", "step-000002", "step-000003"]
+
+
+def test_everything_is_on_the_disk_before_it_is_published(finished, tmp_path, monkeypatch):
+    """The order in which the disk is told: every file and folder, the rename, the folder it is in."""
+    folder, events = tmp_path / "checkpoints", []
+    fsync, rename = os.fsync, os.rename
+
+    def told(descriptor):
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", told)
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(f"{a} -> {b}"), rename(a, b)))
+    models, state = load_models(finished[1]), read_state(checkpoints(finished[0] / "checkpoints")[-1])
+    path = save_checkpoint(folder, models, state, {})
+    part = folder / ".step-000003.part"
+    published = events.index(f"{part} -> {path}")
+    written = {str(part / each.relative_to(path)) for each in path.rglob("*")} | {str(part)}
+    assert set(events[:published]) == written and events[published + 1 :] == [str(folder)]
+    assert {"manifest.json", "state.json", "encoder"} <= {each.name for each in path.iterdir()}
+
+
+def test_a_removal_that_is_cut_off_leaves_no_half_checkpoint(copied, monkeypatch):
+    run, config = copied
+    shutil.rmtree(run / "checkpoints" / "step-000000")  # it has no tensors
+
+    def cut_off(path, **_):
+        sorted(path.rglob("*.safetensors"))[0].unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uae_fast.checkpoint.shutil, "rmtree", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoints(run / "checkpoints", replace(config.checkpoint, keep=1))
+    monkeypatch.undo()
+    assert steps(run) == [2, 3]
+    for path in checkpoints(run / "checkpoints"):
+        verify_checkpoint(path)
+    clear_leftovers(run / "checkpoints")
+    assert not list((run / "checkpoints").glob(".*"))
 
 
 FAULTS = {

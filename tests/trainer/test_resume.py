@@ -24,11 +24,15 @@ EVERY_STAGE = (
 
 
 def rewind(run: Path, step: int, to: Path) -> Path:
-    """A copy of a run with the checkpoints after `step` gone; logs and measurements still run ahead."""
+    """A copy of a run with the checkpoints after `step` gone; logs run ahead still, and so do (wrong) measurements."""
     shutil.copytree(run, to)
     for path in checkpoints(to / "checkpoints"):
-        if read_state(path)["step"] > step:
+        state = read_state(path)
+        if state["step"] > step:
             shutil.rmtree(path)
+            scores = to / "samples" / str(state["moment"]) / "scores.jsonl"
+            if scores.is_file():
+                scores.write_text(scores.read_text().replace('"reward": 0.', '"reward": 0.9'))
     return to
 
 
@@ -147,6 +151,20 @@ def test_the_command_takes_keys_to_force_and_names_wrong_ones(began, tmp_path, c
     assert capsys.readouterr().err.startswith("stage2.beta: the run began with 0.04, not 0.1")
     assert main([*command, "--force-resume", "stage2.lr", "--force-resume", "stage2.beta"]) == 0
     assert rows(tmp_path / "run")[-1]["lr"] == pytest.approx(0.5 * 2 / 6)
+
+
+def test_a_run_killed_before_its_first_checkpoint_can_begin_anew(world, small_config, monkeypatch):
+    """There is no moment at which a run can neither be resumed nor started."""
+    config = small_config(world, "stages=[2]", "stage2.steps=1", "evaluate.images=0")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("uae_fast.run.save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    assert rows(train(config))[0]["step"] == 1
 
 
 def test_rows_beyond_the_checkpoint_and_a_row_cut_short_are_dropped(tmp_path):

@@ -3,10 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEED ?= 0
+ROUNDS ?= 30
 RUN ?= runs/tiny
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test gpu-check fuzz mutants bench lint clean
+.PHONY: help demo test gpu-check fuzz mutants crash soak bench lint clean
 
 help:
 	@echo "make demo    train all three stages on the small world, then open $(RUN)/report.html (about 5 minutes)"
@@ -16,6 +17,8 @@ help:
 	@echo "make bench   the kernels beside their rivals; QUICK=1 answers within a minute"
 	@echo "make fuzz    random inputs for the kernels, 2,000 a test"
 	@echo "make mutants    plant faults in the kernels; the tests must find each"
+	@echo "make crash   kill a small run again and again; it must end in the same weights (ROUNDS=30)"
+	@echo "make soak    2,000 small steps; memory, open files and step time must stay flat, docs/soak.png shows them"
 	@echo "make clean   remove what the other targets built; runs/ and data/ stay"
 
 $(STAMP): constraints.txt pyproject.toml kernels/pyproject.toml
@@ -31,10 +34,8 @@ data/tiny/%/captions.jsonl: | $(STAMP)
 demo: $(STAMP) data/tiny/train/captions.jsonl data/tiny/heldout/captions.jsonl
 	@if test -f $(RUN)/summary.json; then \
 		echo "$(RUN) has a finished run, see $(RUN)/report.html; for another one: make demo RUN=runs/again"; \
-	elif ls $(RUN)/checkpoints/step-*/state.json >/dev/null 2>&1; then \
+	elif ls $(RUN)/checkpoints/step-*/manifest.json >/dev/null 2>&1; then \
 		$(BIN)/uae-fast train $(RUN)/config.yaml run=$(RUN) --resume; \
-	elif test -e $(RUN)/metrics.jsonl; then \
-		echo "$(RUN) has a run that stopped before its first checkpoint; choose another folder: make demo RUN=runs/again"; exit 1; \
 	else \
 		$(BIN)/uae-fast train tiny run=$(RUN) seed=$(SEED); \
 	fi
@@ -57,6 +58,12 @@ bench: $(STAMP)
 
 mutants: $(STAMP)
 	@$(BIN)/python tests/kernels/mutants.py
+
+crash: $(STAMP)
+	@$(BIN)/python tests/trainer/crash.py --rounds $(ROUNDS) --seed $(SEED)
+
+soak: $(STAMP)
+	@$(BIN)/python tests/trainer/soak.py --steps 2000 --out docs/soak.png
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

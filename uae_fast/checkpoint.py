@@ -1,31 +1,45 @@
-"""Checkpoints: complete or absent, tensors in safetensors, everything else in JSON.
+"""Checkpoints: complete or absent, sealed by a manifest, tensors in safetensors, everything else in JSON.
 
 A checkpoint is a folder ``checkpoints/step-000123``. It holds what the run has trained so far: whole models in the
 layout of their own library's `from_pretrained`, or LoRA adapters that `PeftModel.from_pretrained` (``encoder/``) and
 `StableDiffusion3Pipeline.load_lora_weights` (``decoder/``) read, besides optimiser state and running means.
+``manifest.json`` lists every file with its size and SHA-256.
+
+A folder with another name is none: ``.step-000123.part`` is being written, ``.old`` being replaced, ``.pruned`` being
+removed, and ``step-000123.damaged`` was found to differ from its manifest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .config import CheckpointConfig
 from .models import Models
 from .models.decoder import Decoder
 from .models.encoder import Encoder
 
 STATE = "state.json"
+MANIFEST = "manifest.json"
 NAME = re.compile(r"step-\d{6,}")
 
 
+class DamagedCheckpoint(Exception):
+    """A checkpoint's files are not those that its manifest lists."""
+
+
 def save_checkpoint(folder: Path, models: Models, state: dict, tensors: dict[str, dict[str, Tensor]]) -> Path:
-    """Writes a checkpoint into a temporary folder, then renames it: there is never half of one under its name.
+    """Writes a checkpoint into a temporary folder, forces it to the disk, then renames it.
+
+    There is never half of one under its name, and one that is replaced stays until the new one is whole.
 
     Args:
         folder: the run's ``checkpoints``.
@@ -35,31 +49,97 @@ def save_checkpoint(folder: Path, models: Models, state: dict, tensors: dict[str
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: the disk is full or fails; what was written of the new checkpoint is gone again.
     """
     final = folder / f"step-{state['step']:06d}"
-    temporary = folder / f".{final.name}.part"
+    temporary, replaced = _hidden(final, "part"), _hidden(final, "old")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if "encoder" in state["trained"]:
-        _save_encoder(models.encoder, temporary)
-    if "projector" in state["trained"]:
-        save_file(_cpu(models.projector.state_dict()), temporary / "projector.safetensors")
-    if "decoder" in state["trained"]:
-        _save_decoder(models.decoder, temporary / "decoder")
-    for name, values in tensors.items():
-        save_file(_cpu(values), temporary / f"{name}.safetensors")
-    (temporary / STATE).write_text(json.dumps(state, indent=1))
-    for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    _sync(folder)
+    try:
+        temporary.mkdir(parents=True)
+        if "encoder" in state["trained"]:
+            _save_encoder(models.encoder, temporary)
+        if "projector" in state["trained"]:
+            save_file(_cpu(models.projector.state_dict()), temporary / "projector.safetensors")
+        if "decoder" in state["trained"]:
+            _save_decoder(models.decoder, temporary / "decoder")
+        for name, values in tensors.items():
+            save_file(_cpu(values), temporary / f"{name}.safetensors")
+        (temporary / STATE).write_text(json.dumps(state, indent=1))
+        _seal(temporary)
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
+def _seal(folder: Path) -> None:
+    """Writes the manifest of everything in a folder, and forces all of it to the disk."""
+    entries = {name: {"size": path.stat().st_size, "sha256": _sha256(path)} for name, path in _files(folder).items()}
+    (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": entries}, indent=1))
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compares a checkpoint with its manifest.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, foreign, cut short or altered; the message names it.
+    """
+    try:
+        entries = json.loads((path / MANIFEST).read_text())["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedCheckpoint(f"{path} is damaged: its {MANIFEST} cannot be read") from None
+    files = _files(path)
+    for name in sorted(expected.keys() | files.keys()):
+        if name not in files:
+            raise DamagedCheckpoint(f"{path} is damaged: {name} is missing")
+        if name not in expected:
+            raise DamagedCheckpoint(f"{path} is damaged: {name} is not in its {MANIFEST}")
+        size, digest = expected[name]
+        if files[name].stat().st_size != size:
+            raise DamagedCheckpoint(f"{path} is damaged: {name} has {files[name].stat().st_size} bytes, not {size}")
+        if _sha256(files[name]) != digest:
+            raise DamagedCheckpoint(f"{path} is damaged: the contents of {name} have changed")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; damaged ones are put aside, aloud, under another name."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            verify_checkpoint(path)
+            return path
+        except DamagedCheckpoint as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+            print(f"{error}\nit is now {aside.name}; the checkpoint before it is used", flush=True)
+    return None
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Puts right what a killed process left behind: a replaced checkpoint without its successor comes back, the rest
+    of what is half written or half removed goes."""
+    for replaced in folder.glob(".step-*.old"):
+        final = folder / replaced.stem[1:]
+        if not final.exists():
+            os.rename(replaced, final)
+    for left in folder.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def load_checkpoint(path: Path, models: Models) -> dict:
-    """Puts a checkpoint's networks into `models` (made by the same configuration); returns its state."""
+    """Puts a verified checkpoint's networks into `models` (made by the same configuration); returns its state."""
     state = read_state(path)
     if "encoder" in state["trained"]:
         _load_encoder(models.encoder, path)
@@ -77,15 +157,27 @@ def read_state(path: Path) -> dict:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first; what an interrupted save left behind is not one."""
-    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and (path / STATE).is_file()]
+    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints and the ends of stages."""
-    passing = [path for path in checkpoints(folder)[:-1] if read_state(path)["moment"] is None]
-    for path in passing[: max(0, len(passing) - keep + 1)]:
-        shutil.rmtree(path)
+def prune_checkpoints(folder: Path, settings: CheckpointConfig) -> None:
+    """Removes checkpoints but for the newest, the ends of stages, and those that `settings` keeps."""
+    states = {path: read_state(path) for path in checkpoints(folder)}
+    newest = next(reversed(states), None)
+    passing = [path for path, state in states.items() if state["moment"] is None and path != newest]
+    kept = set(passing[max(0, len(passing) - settings.keep + 1) :])
+    if settings.keep_every:
+        kept |= {path for path, state in states.items() if state["step"] and state["step"] % settings.keep_every == 0}
+    if settings.keep_best != "none":
+        sign = -1 if settings.keep_best == "loss" else 1
+        scored = [(sign * state["score"], path) for path, state in states.items() if state["score"] is not None]
+        kept |= {path for _, path in sorted(scored)[-1:]}
+    for path in passing:
+        if path not in kept:
+            pruned = _hidden(path, "pruned")  # its name goes first: half a checkpoint is none
+            os.rename(path, pruned)
+            shutil.rmtree(pruned, ignore_errors=True)
 
 
 def find_moment(folder: Path, moment: str) -> Path | None:
@@ -151,6 +243,30 @@ def _load_decoder(decoder: Decoder, folder: Path) -> None:
 
 def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that is there in full or, if the process is killed, as it was before."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file below a folder but its manifest, by relative name."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
+    found.pop(MANIFEST, None)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from .models import Models
 
 MOMENTS = ("before", "stage0", "stage1", "stage2", "stage3")
-USER_MISTAKE, STOPPED = 2, 130
+FAILURE, USER_MISTAKE, STOPPED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 1 for a failure, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Runs a command.
+
+    Returns:
+        The exit status: 0, 1 for a failure, 2 for a user's mistake, 130 after SIGINT (Ctrl-C), 143 after SIGTERM.
+    """
     arguments = build_parser().parse_args(argv)
     from .config import ConfigError
 
@@ -50,6 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG", help=config_help)
     train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, e.g. stage2.lr=1e-5")
     train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    train.add_argument(
+        "--force-resume", action="append", default=[], metavar="KEY",
+        help="go on although KEY is not what it was (stage2.lr, models.path, data.train, …); may be repeated",
+    )  # fmt: skip
 
     check = command("check", run_check, "check a configuration and show what a step of it is made of")
     check.add_argument("config", metavar="CONFIG", help=config_help)
@@ -99,13 +107,17 @@ def run_train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     quiet_libraries()
-    from .trainer import Interrupted, train
+    from .guards import Interrupted, RunFailed
+    from .trainer import train
 
     try:
-        folder = train(config, resume=arguments.resume)
+        folder = train(config, resume=arguments.resume or bool(arguments.force_resume), force=arguments.force_resume)
     except Interrupted as stopped:
         print(stopped)
-        return STOPPED
+        return stopped.status
+    except RunFailed as error:
+        print(error, file=sys.stderr)
+        return FAILURE
     print_summary(json.loads((folder / "summary.json").read_text()))
     print(f"\nopen {folder / 'report.html'}")
     return 0

@@ -90,6 +90,8 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     warmup_steps: int = 5
     """Steps over which the learning rate rises to its value, in each stage."""
+    max_skipped: int = 3
+    """This many steps in a row with a number that is not finite stop the run; each is skipped."""
 
 
 @dataclass
@@ -190,6 +192,10 @@ class CheckpointConfig:
     """Optimiser rollouts between checkpoints; the end of every stage has one anyway, which is never pruned."""
     keep: int = 2
     """Checkpoints kept besides the ends of stages."""
+    keep_every: int = 0
+    """Those of every so many steps of the run are kept as well; 0: none."""
+    keep_best: Literal["none", "reward", "loss"] = "none"
+    """Kept as well: the one with the highest reward, or lowest loss, in the mean since the checkpoint before it."""
 
 
 @dataclass
@@ -305,8 +311,10 @@ def load_config(name: str | Path, overrides: list[str] = ()) -> Config:  # type:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved configuration as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    """Writes the resolved configuration as YAML, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _collect(node: yaml.Node, prefix: str, file: str, given: dict, problems: list[str]) -> None:
@@ -398,6 +406,7 @@ def invariants(config: Config) -> list[tuple[str, str]]:
     need(c.caption.temperature > 0, "caption.temperature", "must be above 0")
     need(c.caption.max_new_tokens >= 1, "caption.max_new_tokens", "at least 1")
     need(c.models.lora_rank >= 1, "models.lora_rank", "at least 1")
+    need(c.optimizer.max_skipped >= 1, "optimizer.max_skipped", "at least 1")
     need(c.checkpoint.every >= 1, "checkpoint.every", "at least 1")
     need(c.checkpoint.keep >= 1, "checkpoint.keep", "at least 1")
     return found

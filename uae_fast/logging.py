@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from .checkpoint import write_whole
+
+CLOCKED = ("seconds/", "images_per_second")  # what the names of clock readings begin with
 PLAIN_EVERY = 10.0  # seconds between plain progress lines
 
 
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics.jsonl without what a clock measured; what is left is the same however often a run stopped."""
+    return {name: value for name, value in row.items() if not name.startswith(CLOCKED)}
+
+
 class RunLog:
-    """Writes the metrics of a run and shows its progress.
+    """Writes the metrics of a run: metrics.jsonl, and what else the reporters ask for.
 
     Args:
         folder: the run's.
         reporters: besides metrics.jsonl: "tensorboard".
-        step: steps done before; later rows of an interrupted run are dropped.
+        step: steps done before; later rows of an interrupted run are dropped, and so is a row cut short.
     """
 
     def __init__(self, folder: Path, reporters: Sequence[str], step: int = 0):
         self.path = folder / "metrics.jsonl"
-        rows = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [row for row in rows if json.loads(row)["step"] <= step]
-        self.path.write_text("".join(f"{row}\n" for row in kept))
+        self.waiting = ""  # rows that a full disk has not taken yet
+        if self.path.exists():
+            kept = takewhile(lambda row: _step_of(row) <= step, self.path.read_text().splitlines())
+            write_whole(self.path, "".join(f"{row}\n" for row in kept))
         self.writer = None
         if "tensorboard" in reporters:
             from torch.utils.tensorboard import SummaryWriter
@@ -35,12 +49,34 @@ class RunLog:
             self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def metrics(self, step: int, stage: str, values: dict[str, float]) -> None:
-        """One step's row; `step` counts over the whole run, from 1."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "stage": stage, **values}) + "\n")
+        """One step's row; `step` counts over the whole run, from 1. NaN and infinities are written as null."""
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.waiting += json.dumps({"step": step, "stage": stage, **row}) + "\n"
+        try:
+            self._write()
+        except OSError as error:
+            print(f"{self.path} not written: {error}; its rows wait for the next step", flush=True)
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(f"{stage}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Forces all rows to the disk; raises OSError where it takes no more. Without a row there is no file."""
+        if self.waiting or self.path.exists():
+            self._write(force=True)
+
+    def _write(self, force: bool = False) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(self.waiting.encode()) < len(self.waiting.encode()):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if force:
+                    os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)  # no row is left cut short
+                raise
+        self.waiting = ""
 
     def close(self) -> None:
         if self.writer is not None:
@@ -86,3 +122,20 @@ class ProgressLine:
             self.spoke = now
             left = (now - self.began) / max(1, self.done - self.first) * (self.total - self.done)
             print(f"{self.title:<24} {self.done:>5}/{self.total}  {left:4.0f} s left  {words}", flush=True)
+
+
+def progress_words(values: dict[str, float]) -> str:
+    """The few numbers a person wants to see beside the bar."""
+    words = [f"loss {values['loss']:.4f}"]
+    if "reward" in values:
+        words = [f"reward {values['reward']:.3f}"]
+    if "completions/mean_length" in values:
+        words.append(f"caption {values['completions/mean_length']:.1f} tokens")
+    return "  ".join([*words, f"{values['images_per_second']:.0f} img/s"])
+
+
+def _step_of(row: str) -> float:
+    try:
+        return json.loads(row)["step"]
+    except (ValueError, KeyError, TypeError):  # cut short when the process was killed
+        return math.inf

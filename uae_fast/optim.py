@@ -47,12 +47,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Puts back what `optimizer_tensors` gave."""
-    places = [p for group in optimizer.param_groups for p in group["params"]]
+    places = [(g, i, p) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])]
     for key, value in tensors.items():
         place, _, name = key.partition(".")
-        # bitsandbytes counts steps in a Python number, torch in a tensor.
-        is_number = name == "step" and not isinstance(optimizer, torch.optim.AdamW)
-        optimizer.state[places[int(place)]][name] = int(value) if is_number else value
+        group, index, parameter = places[int(place)]
+        state = optimizer.state[parameter]
+        if isinstance(optimizer, torch.optim.AdamW):
+            state[name] = value if name == "step" else value.to(parameter.device)
+            continue
+        if not state:  # bitsandbytes makes its own buffers, in paged memory where they are to be paged
+            optimizer.init_state(optimizer.param_groups[group], parameter, group, index)  # type: ignore[attr-defined]
+        if name == "step":  # a Python number there
+            state[name] = int(value)
+        else:
+            state[name].copy_(value)
 
 
 class RunningMean:

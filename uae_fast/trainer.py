@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +11,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checkpoint import checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from .checkpoint import checkpoints, clear_leftovers, load_checkpoint, newest_checkpoint, read_state
 from .config import Config, ConfigError, save_config
-from .data import ImageFolder
+from .data import Example, ImageFolder
 from .evaluate.heldout import Evaluator
-from .logging import ProgressLine, RunLog
+from .guards import Interrupted, fetch, non_finite, shrink_micro_batch, stop_requests
+from .identity import differences, machine, run_identity
+from .logging import ProgressLine, RunLog, progress_words
 from .models.loading import load_models, models_folder
 from .optim import RunningMean, build_optimizer, optimizer_tensors, restore_optimizer, warm_up
 from .report import write_report
+from .run import Position, Run
 from .stages import Metrics, Stage
 from .stages.cold_start import ColdStart
 from .stages.decoder_pretrain import DecoderPretrain
@@ -31,161 +31,194 @@ from .stages.understanding_for_generation import UnderstandingForGeneration
 STAGES: tuple[Any, ...] = (DecoderPretrain, ColdStart, GenerationForUnderstanding, UnderstandingForGeneration)
 
 
-class Interrupted(Exception):
-    """Ctrl-C was pressed, and a checkpoint saved."""
-
-
-@dataclass
-class Position:
-    """Where a run stands.
-
-    Attributes:
-        place: index into the configured stages.
-        stage_step: steps done of that stage.
-        step: steps done of the whole run.
-        moment: the stage that has just ended, if one has.
-        trained: parts trained so far.
-        seconds: time spent so far.
-    """
-
-    place: int = 0
-    stage_step: int = 0
-    step: int = 0
-    moment: str | None = None
-    trained: tuple[str, ...] = ()
-    seconds: float = 0.0
-
-
-def train(config: Config, *, resume: bool = False) -> Path:
+def train(config: Config, *, resume: bool = False, force: Sequence[str] = ()) -> Path:
     """Runs the configured stages, each from the end of the one before, and measures held-out images in between.
 
     Args:
         config: the run.
         resume: go on from the run folder's last checkpoint instead of starting anew.
+        force: keys of `identity.run_identity` that may differ from what they were.
 
     Returns:
         The run's folder: config.yaml, metrics.jsonl, tensorboard/, samples/, checkpoints/, summary.json, report.html.
 
     Raises:
-        ConfigError: a folder is missing, or the run folder has a run already (with `resume`: has none).
-        Interrupted: after Ctrl-C, with a checkpoint saved.
+        ConfigError: a folder is missing, or the run folder has a run already (with `resume`: has none, or has one of
+            another identity).
+        Interrupted: after SIGINT or SIGTERM, with a checkpoint saved.
+        RunFailed: too many steps in a row were not finite, memory or disk does not suffice.
     """
     folder = Path(config.run)
-    saved = checkpoints(folder / "checkpoints")
-    if resume and not saved:
+    clear_leftovers(folder / "checkpoints")
+    start = newest_checkpoint(folder / "checkpoints") if resume else None
+    if resume and start is None:
         raise ConfigError([f"run: {folder} has no checkpoint to resume from"])
-    if not resume and (folder / "metrics.jsonl").exists():
+    if not resume and (checkpoints(folder / "checkpoints") or (folder / "metrics.jsonl").exists()):
         raise ConfigError([f"run: {folder} has a run already; go on with --resume, or name another folder (run=…)"])
     models_folder(config)
-    stages = [STAGES[number] for number in config.stages]
-    data = ImageFolder(config.data.train, "data.train", captions=any(stage.needs_captions for stage in stages))
+    kinds = [STAGES[number] for number in config.stages]
+    data = ImageFolder(config.data.train, "data.train", captions=any(kind.needs_captions for kind in kinds))
     heldout = ImageFolder(config.data.heldout, "data.heldout")
     for images in (data, heldout):
         for file, reason in images.skipped.items():
             print(f"skipped {images.folder / file}: {reason}", flush=True)
+    identity, position = run_identity(config), Position()
+    if start is not None:
+        state = read_state(start)
+        if changed := differences(state["identity"], identity, force):
+            raise ConfigError(changed)
+        position = Position.of(state)
+        print(f"resuming from {start}", flush=True)
+        if state["machine"] != machine(config):
+            print(f"it was written by {state['machine']}; bits may differ on {machine(config)}", flush=True)
 
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
     models = load_models(config)
     models.encoder.freeze_reader()
-    position = Position()
-    if resume:
-        position = Position(**load_checkpoint(saved[-1], models))
-        print(f"resuming from {saved[-1]}", flush=True)
-    began = time.monotonic() - position.seconds
-    log = RunLog(folder, config.reporters, position.step)
+    if start is not None:
+        load_checkpoint(start, models)
     evaluator = Evaluator(config, models, heldout, folder)
-    if not resume:
-        evaluator.ceiling()
-        evaluator.measure("before")
-    elif position.moment:
-        evaluator.measure(position.moment)
-
-    with stop_requests() as stop:
-        while position.place < len(stages):
-            position.seconds = time.monotonic() - began
-            stage = stages[position.place](config, models)
-            run_stage(stage, config, data, position, folder, log, stop, began)
-            evaluator.measure(stage.name)
-    log.close()
+    log = RunLog(folder, config.reporters, position.step)
+    began = time.monotonic() - position.seconds
+    with stop_requests(models) as stop:
+        run = Run(config, models, data, folder, identity, start, position, log, stop, began)
+        try:
+            run.save(must=True)  # of step 0: a run can be resumed from its first moment on
+            run_stages(run, kinds, evaluator)
+        finally:
+            log.close()
     evaluator.summary(minutes=(time.monotonic() - began) / 60)
     write_report(folder)
     return folder
 
 
-def run_stage(
-    stage: Stage,
-    config: Config,
-    data: ImageFolder,
-    position: Position,
-    folder: Path,
-    log: RunLog,
-    stop: StopRequest,
-    began: float,
-) -> None:
-    """One stage from `position` to its end; `position` moves along."""
-    settings, models = stage.settings, stage.models
-    position.trained = tuple(sorted({*position.trained, *stage.trains}))
-    position.moment = None
+def run_stages(run: Run, kinds: Sequence[Any], evaluator: Evaluator) -> None:
+    """The stages from where the run stands on, and the measurements between them; each is made once."""
+    position = run.position
+    for kind in kinds[position.place :]:
+        if kind not in kinds[: position.place]:
+            evaluator.forget(kind.name)
+    try:
+        with run.stop.heeded():
+            if position.step == 0:
+                evaluator.ceiling()
+                evaluator.measure("before")
+            if position.moment:
+                evaluator.measure(position.moment)
+        while position.place < len(kinds):
+            stage = kinds[position.place](run.config, run.models)
+            run_stage(stage, run)
+            with run.stop.heeded():
+                evaluator.measure(stage.name)
+    except Interrupted:
+        run.save(must=True)
+        raise
+    run.save(must=True)
+
+
+def run_stage(stage: Stage, run: Run) -> None:
+    """One stage from the run's position to its end; the position moves along."""
+    config, models, settings, position = run.config, run.models, stage.settings, run.position
+    settings.micro_batch = position.micro_batch or settings.micro_batch
     groups = stage.groups()
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = build_optimizer(groups, config.optimizer)
     mean = RunningMean(parameters, getattr(settings, "ema_decay", 0.0))
-    if position.stage_step:
-        saved = checkpoints(folder / "checkpoints")[-1]
-        restore_optimizer(optimizer, load_file(saved / "optimizer.safetensors"))
-        mean.restore(load_file(saved / "mean.safetensors"))
-        if models.decoder.reference_copy is not None:
-            models.decoder.reference_copy.load_state_dict(load_file(saved / "reference.safetensors"))
+    reference = models.decoder.reference_copy
+    if position.stage_step and run.start is not None:
+        restore_optimizer(optimizer, load_file(run.start / "optimizer.safetensors"))
+        mean.restore(load_file(run.start / "mean.safetensors"))
+        if reference is not None:
+            reference.load_state_dict(load_file(run.start / "reference.safetensors"))
 
-    def save() -> None:
-        position.seconds = time.monotonic() - began
-        tensors = {"optimizer": optimizer_tensors(optimizer), "mean": mean.tensors()}
-        if models.decoder.reference_copy is not None:
-            tensors["reference"] = models.decoder.reference_copy.state_dict()
-        save_checkpoint(folder / "checkpoints", models, asdict(position), {} if position.moment else tensors)
-        prune_checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    def tensors() -> dict[str, dict[str, Tensor]]:
+        found = {"optimizer": optimizer_tensors(optimizer), "mean": mean.tensors()}
+        return found if reference is None else {**found, "reference": reference.state_dict()}
 
     with ProgressLine(f"{stage.name}  {stage.title}", settings.steps, position.stage_step) as progress:
         for step in range(position.stage_step, settings.steps):
             start = time.monotonic()
-            rollout = stage.rollout(data.batch(step, settings.images, config.seed, stage.name), step)
-            rolled_out = time.monotonic()
-
-            warm_up(optimizer, step, config.optimizer.warmup_steps)
-            updates = []
-            for _ in range(getattr(settings, "updates", 1)):
-                updates.append(update(stage, rollout, optimizer, parameters, config.optimizer.max_grad_norm))
-                mean.update()
-            position.stage_step, position.step = step + 1, position.step + 1
-            values = {name: float(value) for name, value in {**rollout.metrics, **updates[0]}.items()}
-            done = time.monotonic()
+            examples = run.data.batch(step, settings.images, config.seed, stage.name)
+            warm_up(optimizer, position.taken, config.optimizer.warmup_steps)
+            values, bad = take_step(stage, examples, step, optimizer, mean, run)
+            position.stage_step, position.step, position.moment = step + 1, position.step + 1, None
+            position.trained = tuple(sorted({*position.trained, *stage.trains}))
+            position.taken += not bad
+            position.skipped += bool(bad)
+            position.skipped_in_row = position.skipped_in_row + 1 if bad else 0
+            run.tensors = tensors
 
             values["lr"] = optimizer.param_groups[0]["lr"]
-            values["seconds/rollout"], values["seconds/update"] = rolled_out - start, done - rolled_out
-            values["images_per_second"] = settings.images * getattr(settings, "group_size", 1) / (done - start)
-            values["skipped_images"] = len(data.skipped)
-            log.metrics(position.step, stage.name, values)
+            values["micro_batch"] = settings.micro_batch
+            values["skipped_steps"], values["skipped_images"] = position.skipped, len(run.data.skipped)
+            seconds = time.monotonic() - start
+            values["seconds/update"] = seconds - values["seconds/rollout"]
+            values["images_per_second"] = settings.images * getattr(settings, "group_size", 1) / seconds
+            run.log.metrics(position.step, stage.name, values)
             progress.advance(words=progress_words(values))
-
-            if stop.requested:
-                save()
-                raise Interrupted(f"stopped after step {step + 1} of {stage.name} and saved; go on with --resume")
-            if position.stage_step % config.checkpoint.every == 0 and position.stage_step < settings.steps:
-                save()
+            if bad:
+                run.report_bad_step(stage, examples, bad)
+            elif config.checkpoint.keep_best in values:
+                run.scores.append(values[config.checkpoint.keep_best])
+            due = position.stage_step % config.checkpoint.every == 0 or run.stop.save
+            if due and position.stage_step < settings.steps:
+                run.save()
+            run.stop.save = False
 
     mean.adopt()
     models.freeze()
     if "decoder" in stage.trains and stage.reads_as_policy:
         models.encoder.freeze_reader()  # the decoder now knows this encoder's conditions
     position.place, position.stage_step, position.moment = position.place + 1, 0, stage.name
-    save()
+    position.taken, position.micro_batch, run.tensors = 0, 0, dict
+    run.save()
 
 
-def update(
-    stage: Stage, rollout, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_grad_norm: float
-) -> Metrics:
-    """One optimiser step on a rollout, micro-batch by micro-batch; their losses are shares that add up."""
+def take_step(
+    stage: Stage, examples: Sequence[Example], step: int, optimizer: torch.optim.Optimizer, mean: RunningMean, run: Run
+) -> tuple[dict[str, float], dict[str, str]]:
+    """A rollout and its updates.
+
+    Until the first update nothing has changed. So far, a request to stop is heeded at every forward pass, and a step
+    that runs out of memory begins anew in smaller micro-batches: it is the step of a run that was configured with them.
+    A number that is not finite, in the metrics of rollout or update, ends the step before the optimiser moves.
+
+    Returns:
+        The metrics of the first update (of the one that was not finite), and those of them that are not finite.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    values: dict[str, float] = {}
+    bad: dict[str, str] = {}
+    rollout, done = None, 0
+    start = rolled_out = time.monotonic()
+    while done < getattr(stage.settings, "updates", 1) and not bad:
+        found = None
+        try:
+            with run.stop.heeded(done == 0):
+                if rollout is None:
+                    rollout, rolled_out = stage.rollout(examples, step), time.monotonic()
+                metrics = accumulate(stage, rollout, parameters, run.config.optimizer.max_grad_norm)
+                found = fetch({**rollout.metrics, **metrics})
+        except torch.OutOfMemoryError:
+            pass  # dealt with below, where its traceback holds no tensors any more
+        if found is None:
+            optimizer.zero_grad()
+            rollout = rollout if done else None
+            run.position.micro_batch = shrink_micro_batch(stage)
+            continue
+        bad = non_finite(found)
+        if not bad:
+            optimizer.step()
+            mean.update()
+        optimizer.zero_grad()
+        values = found if bad or not done else values
+        done += 1
+    return {**values, "seconds/rollout": rolled_out - start}, bad
+
+
+def accumulate(stage: Stage, rollout: Any, parameters: list[nn.Parameter], max_grad_norm: float) -> Metrics:
+    """Gradients of a rollout, micro-batch by micro-batch, clipped; the losses are shares that add up."""
     collected: dict[str, list[Tensor]] = {}
     size = stage.settings.micro_batch
     for start in range(0, len(rollout), size):
@@ -194,42 +227,6 @@ def update(
         for name, value in {"loss": loss.detach(), **metrics}.items():
             collected.setdefault(name, []).append(value)
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
     merged = {name: torch.stack(values) for name, values in collected.items()}
     means = {name: values.amax() if name.endswith("max") else values.mean() for name, values in merged.items()}
     return {**means, "loss": merged["loss"].sum(), "grad_norm": grad_norm.detach()}
-
-
-def progress_words(values: dict[str, float]) -> str:
-    """The few numbers a person wants to see beside the bar."""
-    words = [f"loss {values['loss']:.4f}"]
-    if "reward" in values:
-        words = [f"reward {values['reward']:.3f}"]
-    if "completions/mean_length" in values:
-        words.append(f"caption {values['completions/mean_length']:.1f} tokens")
-    return "  ".join([*words, f"{values['images_per_second']:.0f} img/s"])
-
-
-class StopRequest:
-    """Whether Ctrl-C has been pressed."""
-
-    requested = False
-
-
-@contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Within, the first Ctrl-C asks the loop to save and stop after the present step; the second stops at once."""
-    stop = StopRequest()
-
-    def on_interrupt(*_: object) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        print("\nsaving after this step; press Ctrl-C again to stop at once", flush=True)
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checkpoint import write_whole
 from ..config import Config
 from ..data import Example, ImageFolder
 from ..logging import ProgressLine
@@ -43,6 +45,10 @@ class Evaluator:
         """Captions, reconstructs and scores the held-out images under the name of `moment`; does so only once."""
         self._run(moment, lambda examples: self._write_captions(examples))
 
+    def forget(self, moment: str) -> None:
+        """Removes what a moment left: it lies ahead of where the run goes on."""
+        shutil.rmtree(self.folder / "samples" / moment, ignore_errors=True)
+
     def ceiling(self) -> None:
         """The same with the complete captions of `captions.jsonl`: what a perfect writer would get."""
         if self.data.captioned:
@@ -59,7 +65,7 @@ class Evaluator:
             if rows[moment]:
                 summary[moment] = moment_summary(rows[moment], previous)
                 previous = rows[moment]
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_whole(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
     def scores(self, moment: str) -> list[dict]:
@@ -99,9 +105,7 @@ class Evaluator:
                     caption, tokens = captions[i]
                     rows.append(score(example, caption, tokens, rewards[i], accuracies[i]))
                 progress.advance(len(examples), f"reward {_mean(rows, 'reward'):.3f}")
-        temporary = folder / "scores.jsonl.part"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(folder / "scores.jsonl")
+        write_whole(folder / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def _write_captions(self, examples: list[Example]) -> list[tuple[str, int | None]]:
         config = self.config

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..checkpoint import checkpoints, find_moment, load_checkpoint, read_state
+from ..checkpoint import (
+    DamagedCheckpoint,
+    checkpoints,
+    find_moment,
+    load_checkpoint,
+    read_state,
+    verify_checkpoint,
+)
 from ..config import Config, ConfigError, load_config
 from ..seeds import derive_seed
 from . import Models
@@ -18,6 +25,7 @@ from .projector import Projector
 from .reward import Reward
 
 TINY = Path(__file__).parent.parent / "tiny" / "weights"
+PARTS = ("encoder", "decoder", "projector.safetensors", "reward")  # of a folder of models
 MAX_SHARD = "2MB"
 
 
@@ -41,6 +49,13 @@ def models_folder(config: Config) -> Path:
     return folder
 
 
+def run_device(config: Config) -> torch.device:
+    """The device of a run: the configured one, or for "auto" a GPU where there is one."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_models(config: Config) -> Models:
     """The networks of a configuration, frozen, in fp32, with what trains prepared.
 
@@ -48,7 +63,6 @@ def load_models(config: Config) -> Models:
     scheduler, pooled.safetensors), ``projector.safetensors`` and ``reward/`` (a CLIP model).
     """
     folder = models_folder(config)
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     models = Models(
         load_encoder(
             folder / "encoder", caption_prompt=config.caption.prompt, condition_length=config.condition.length
@@ -63,7 +77,7 @@ def load_models(config: Config) -> Models:
         torch.manual_seed(derive_seed(config.seed, "lora"))
         models.encoder.prepare_training(settings.encoder, settings.lora_rank, settings.lora_alpha)
         models.decoder.prepare_training(settings.decoder, settings.lora_rank, settings.lora_alpha)
-    return models.to(device)
+    return models.to(run_device(config))
 
 
 def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
@@ -140,7 +154,7 @@ def load_run(run: Path, at: str | None) -> tuple[Config, Models]:
         at: "before", "stage0" … "stage3", or None for the run's last checkpoint.
 
     Raises:
-        ConfigError: no such run, or it has no such moment.
+        ConfigError: no such run, it has no such moment, or the moment's checkpoint is damaged.
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError([f"--run: {run} is not a run's folder: it has no config.yaml"])
@@ -150,6 +164,11 @@ def load_run(run: Path, at: str | None) -> tuple[Config, Models]:
     if at not in (None, "before") and found is None:
         had = ", ".join(["before", *filter(None, (read_state(path)["moment"] for path in saved))])
         raise ConfigError([f"--at {at}: {run} has no such moment; it has {had}"])
+    try:
+        if found is not None:
+            verify_checkpoint(found)
+    except DamagedCheckpoint as error:
+        raise ConfigError([f"--run: {error}; name another moment with --at"]) from None
     models = load_models(config)
     if found is not None:
         models.encoder.freeze_reader()

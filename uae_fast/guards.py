@@ -1,0 +1,153 @@
+"""Guards of the loop: requests to stop, numbers that are not finite, memory that runs out."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .models import Models
+from .stages import Metrics, Stage
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+class RunFailed(Exception):
+    """The run cannot go on, through no mistake of the user's; its last checkpoint stays as it is."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM stopped the run; `train` raises it when a checkpoint is saved.
+
+    Attributes:
+        status: 128 + the signal's number, the exit status of the command.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name} and saved; go on with --resume")
+        self.status = 128 + number
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """What signals have asked for.
+
+    Attributes:
+        signal: SIGINT or SIGTERM once one has come; 0 before.
+        save: whether SIGUSR1 wants a checkpoint after the present step.
+    """
+
+    def __init__(self) -> None:
+        self.signal, self.save = 0, False
+        self._heeding = False
+
+    @contextmanager
+    def heeded(self, now: bool = True) -> Iterator[None]:
+        """Within, if `now`, a request to stop raises `Interrupted` at the next forward pass of encoder or decoder."""
+        self._heeding = now
+        try:
+            yield
+        finally:
+            self._heeding = False
+
+    def check(self) -> None:
+        """Raises `Interrupted` where a request has come and is heeded."""
+        if self._heeding and self.signal:
+            raise Interrupted(self.signal)
+
+
+@contextmanager
+def stop_requests(models: Models) -> Iterator[StopRequest]:
+    """Within, SIGINT and SIGTERM ask the run to save and stop, SIGUSR1 to save and go on.
+
+    The handlers only take note. What stops the run is a forward pass of one of `models`, and only where the loop heeds
+    requests: a rollout of minutes is left within one pass, an optimiser's step or a save never in its middle. A second
+    SIGINT or SIGTERM ends the process at once.
+    """
+    stop = StopRequest()
+
+    def on_stop(number: int, _: object) -> None:
+        stop.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.write(2, b"\nsaving and stopping; once more stops at once\n")  # print may have been what was interrupted
+
+    def on_save(*_: object) -> None:
+        stop.save = True
+
+    before = {number: signal.signal(number, on_stop) for number in STOPS}
+    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, on_save)
+    networks = (models.encoder.model.model.language_model, models.decoder.transformer)
+    hooks = [network.register_forward_pre_hook(lambda *_: stop.check()) for network in networks]
+    try:
+        yield stop
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+# ---- numbers that are not finite ------------------------------------------------------------------------------------
+
+
+def fetch(metrics: Metrics) -> dict[str, float]:
+    """0-d tensors as numbers, in one transfer: the only time that an update waits for the device."""
+    device = metrics["loss"].device
+    values = [value.detach().to(device, torch.float32, non_blocking=True) for value in metrics.values()]
+    return dict(zip(metrics, torch.stack(values).tolist(), strict=True))
+
+
+def non_finite(values: dict[str, float]) -> dict[str, str]:
+    """Those of some numbers that are NaN or infinite, as "nan", "inf" or "-inf"."""
+    return {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+
+
+def first_non_finite(models: Models, trained: tuple[str, ...], tensors: dict[str, dict[str, Tensor]]) -> str | None:
+    """The name of a tensor that must not be saved because it holds NaN or infinity, if there is one.
+
+    Args:
+        models: the networks.
+        trained: the parts of them that a checkpoint would hold.
+        tensors: what else it would hold, by file.
+    """
+    named = [
+        *((f"{part}.{name}", p) for part in trained for name, p in getattr(models, part).named_parameters()),
+        *((f"{file}.{name}", value) for file, values in tensors.items() for name, value in values.items()),
+    ]
+    device = models.decoder.device
+    flags = [value.detach().isfinite().all().to(device) for _, value in named]
+    finite = torch.stack(flags).tolist() if flags else []
+    return next((name for (name, _), good in zip(named, finite, strict=True) if not good), None)
+
+
+# ---- memory that runs out -------------------------------------------------------------------------------------------
+
+
+def shrink_micro_batch(stage: Stage) -> int:
+    """Makes the micro-batch at most half as large, still a divisor of the step's samples, and frees cached memory.
+
+    Groups stay whole: their size decides the advantages, the micro-batch only how many samples are computed at once.
+
+    Raises:
+        RunFailed: it is 1 already.
+    """
+    settings, size = stage.settings, stage.settings.micro_batch
+    if size == 1:
+        raise RunFailed(
+            f"out of memory in {stage.name} with a micro-batch of 1; lower render.batch, data.resolution, "
+            f"caption.max_new_tokens or {stage.name}.images"
+        )
+    samples = settings.images * getattr(settings, "group_size", 1)
+    settings.micro_batch = max(smaller for smaller in range(1, size // 2 + 1) if samples % smaller == 0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print(f"out of memory: {stage.name}.micro_batch goes from {size} to {settings.micro_batch}", flush=True)
+    return settings.micro_batch

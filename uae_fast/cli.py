@@ -214,7 +214,7 @@ def run_env(arguments: argparse.Namespace) -> int:
 
     print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
     names = ("uae-fast", "uae-kernels", "torch", "triton", "transformers", "diffusers", "peft", "accelerate")
-    for name in (*names, "bitsandbytes", "safetensors", "omegaconf", "flash-attn", "xformers"):
+    for name in (*names, "bitsandbytes", "safetensors", "pyyaml", "flash-attn", "xformers"):
         try:
             print(f"{name} {version(name)}")
         except PackageNotFoundError:

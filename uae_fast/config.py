@@ -383,7 +383,7 @@ def _value(node: yaml.Node, kind: Any) -> Any:
     elif kind is str:
         if text is None:
             raise ValueError(f"{_shown(node)} is not a text")
-        if "\0" in text or text != text.encode("utf-8", "ignore").decode():
+        if "\0" in text or text != unicode_text(text):
             raise ValueError(f"{_shown(node)} has a character that is no Unicode text")
     elif kind is bool:
         if text is None or text.lower() not in yaml.SafeLoader.bool_values:
@@ -420,6 +420,11 @@ def _short(text: str) -> str:
 def printable(text: str) -> str:
     """Text that moves no cursor, breaks no line and can be encoded: whatever else there is, is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def unicode_text(text: str) -> str:
+    """Text without halves of surrogate pairs, which no encoding takes: "?" in their place."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _unknown(key: str, known: dict[str, Any]) -> str:

@@ -78,11 +78,11 @@ def train(config: Config, *, resume: bool = False) -> Path:
         raise ConfigError([f"run: {folder} has a run already; go on with --resume, or name another folder (run=…)"])
     models_folder(config)
     stages = [STAGES[number] for number in config.stages]
-    data = ImageFolder(config.data.train, "data.train", captions=any(stage.needs_captions for stage in stages))
-    heldout = ImageFolder(config.data.heldout, "data.heldout")
-    for images in (data, heldout):
-        for file, reason in images.skipped.items():
-            print(f"skipped {images.folder / file}: {reason}", flush=True)
+    captions, max_bad = any(stage.needs_captions for stage in stages), config.data.max_bad
+    data = ImageFolder(config.data.train, "data.train", captions=captions, max_bad=max_bad)
+    heldout = ImageFolder(config.data.heldout, "data.heldout", max_bad=max_bad)
+    for note in (*data.notes(), *heldout.notes()):
+        print(note, flush=True)
 
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")

@@ -219,6 +219,8 @@ def run_env(arguments: argparse.Namespace) -> int:
 
     import torch
 
+    from .determinism import describe_determinism
+
     print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
     names = ("uae-fast", "uae-kernels", "torch", "triton", "transformers", "diffusers", "peft", "accelerate")
     for name in (*names, "bitsandbytes", "safetensors", "pyyaml", "flash-attn", "xformers"):
@@ -231,6 +233,7 @@ def run_env(arguments: argparse.Namespace) -> int:
         print(f"GPU {i}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
     if not torch.cuda.is_available():
         print("GPU none")
+    print(describe_determinism())
     return 0
 
 

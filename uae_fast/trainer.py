@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .checkpoint import checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from .config import Config, ConfigError, save_config
 from .data import ImageFolder
+from .determinism import set_deterministic
 from .evaluate.heldout import Evaluator
 from .logging import ProgressLine, RunLog
 from .models.loading import load_models, models_folder
@@ -77,6 +78,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     if not resume and (folder / "metrics.jsonl").exists():
         raise ConfigError([f"run: {folder} has a run already; go on with --resume, or name another folder (run=…)"])
     models_folder(config)
+    print(set_deterministic(config.deterministic), flush=True)
     stages = [STAGES[number] for number in config.stages]
     captions, max_bad = any(stage.needs_captions for stage in stages), config.data.max_bad
     data = ImageFolder(config.data.train, "data.train", captions=captions, max_bad=max_bad)

@@ -18,7 +18,7 @@ ODD = ["${seed}", "${oc.env:HOME}", "???", "null", "~", "yes", "1e-5", ".nan", "
 TEXT = st.text(max_size=12) | st.sampled_from([*ODD, "\0", "\ud800", "\x85\u2028"])
 SCALAR = TEXT | st.integers() | st.floats() | st.booleans() | st.none() | st.dates() | st.binary(max_size=3)
 VALUE = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALAR, inner, max_size=3))
-FUZZ = settings(derandomize=True, max_examples=150, deadline=None, database=None)
+FUZZ = settings(derandomize=True, max_examples=100, deadline=None, database=None)
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,16 @@ SEED ?= 0
 ROUNDS ?= 30
 RUN ?= runs/tiny
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+SANITIZER ?= compute-sanitizer
 
-.PHONY: help demo test gpu-check fuzz mutants crash soak bench lint clean
+.PHONY: help demo test gpu-check sanitize fuzz mutants crash soak bench lint clean
 
 help:
 	@echo "make demo    train all three stages on the small world, then open $(RUN)/report.html (about 5 minutes)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make gpu-check    run every kernel's tests compiled, on a GPU"
+	@echo "make sanitize    the kernels under NVIDIA's compute-sanitizer, on a GPU"
 	@echo "make bench   the kernels beside their rivals; QUICK=1 answers within a minute"
 	@echo "make fuzz    random inputs for the kernels, 2,000 a test"
 	@echo "make mutants    plant faults in the kernels; the tests must find each"
@@ -48,6 +50,15 @@ test: $(STAMP)
 gpu-check: $(STAMP)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu-check runs the kernels on a GPU; PyTorch finds none here"; exit 1; }
 	@$(BIN)/python -m pytest tests/kernels -k triton
+
+sanitize: $(STAMP)
+	@command -v $(SANITIZER) >/dev/null || { echo "sanitize needs NVIDIA's compute-sanitizer, of the CUDA toolkit: make sanitize SANITIZER=/usr/local/cuda/bin/compute-sanitizer"; exit 1; }
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "sanitize runs the kernels on a GPU; PyTorch finds none here"; exit 1; }
+	@export PYTORCH_NO_CUDA_MEMORY_CACHING=1; \
+	for tool in memcheck racecheck initcheck; do \
+		echo "$$tool:"; \
+		$(SANITIZER) --tool $$tool --error-exitcode 1 $(BIN)/python tests/kernels/sanitize.py || exit 1; \
+	done
 
 fuzz: $(STAMP)
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k fuzz --hypothesis-profile=fuzz

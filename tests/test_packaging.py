@@ -55,7 +55,7 @@ try:
     main(["--help"])
 except SystemExit as end:
     assert end.code == 0
-print([name for name in ("torch", "transformers", "omegaconf") if name in sys.modules])
+print([name for name in ("torch", "transformers", "yaml") if name in sys.modules])
 """
     assert python(code).endswith("[]")
 

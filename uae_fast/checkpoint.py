@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,8 @@ from .models.encoder import Encoder
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
+ADAPTER = "adapter_model.safetensors"  # peft's own name; where it is absent peft would unpickle adapter_model.bin
+LOCAL: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}  # of from_pretrained
 NAME = re.compile(r"step-\d{6,}")
 
 
@@ -199,19 +202,18 @@ def _save_encoder(encoder: Encoder, folder: Path) -> None:
 
 def _load_encoder(encoder: Encoder, folder: Path) -> None:
     if encoder.adapters is None:
-        saved = type(encoder.model).from_pretrained(folder / "encoder", dtype=encoder.model.dtype)
+        saved = type(encoder.model).from_pretrained(folder / "encoder", dtype=encoder.model.dtype, **LOCAL)
         encoder.model.load_state_dict(saved.state_dict())
         if (folder / "reader.safetensors").is_file():
             encoder.freeze_reader()
             encoder.reader_copy.load_state_dict(load_file(folder / "reader.safetensors"))
         return
     from peft import set_peft_model_state_dict
-    from peft.utils.save_and_load import load_peft_weights
 
-    set_peft_model_state_dict(encoder.adapters, load_peft_weights(str(folder / "encoder"), "cpu"))
+    set_peft_model_state_dict(encoder.adapters, load_file(folder / "encoder" / ADAPTER))
     if (folder / "encoder" / "reader").is_dir():
         encoder.freeze_reader()
-        weights = load_peft_weights(str(folder / "encoder" / "reader"), "cpu")
+        weights = load_file(folder / "encoder" / "reader" / ADAPTER)
         set_peft_model_state_dict(encoder.adapters, weights, adapter_name="reader")
 
 
@@ -231,7 +233,7 @@ def _save_decoder(decoder: Decoder, folder: Path) -> None:
 
 def _load_decoder(decoder: Decoder, folder: Path) -> None:
     if not decoder.has_adapter:
-        saved = type(decoder.transformer).from_pretrained(folder, torch_dtype=decoder.transformer.dtype)
+        saved = type(decoder.transformer).from_pretrained(folder, torch_dtype=decoder.transformer.dtype, **LOCAL)
         decoder.transformer.load_state_dict(saved.state_dict())
         return
     from peft import set_peft_model_state_dict

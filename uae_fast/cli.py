@@ -153,7 +153,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def run_configs(arguments: argparse.Namespace) -> int:
-    from .config import PRESETS, ConfigError, find_config, preset_names
+    from .config import PRESETS, ConfigError, find_config, preset_names, printable
 
     if arguments.action == "list":
         for name in preset_names():
@@ -162,19 +162,25 @@ def run_configs(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.name is None:
         raise ConfigError([f"configs copy: name a preset: {', '.join(preset_names())}"])
-    target = Path(f"{arguments.name}.yaml")
+    source, target = find_config(arguments.name), Path(f"{arguments.name}.yaml")
+    if arguments.name not in preset_names():
+        names = ", ".join(preset_names())
+        raise ConfigError([f"configs copy: {printable(arguments.name)} is no preset; presets: {names}"])
     if target.exists():
         raise ConfigError([f"configs copy: {target} exists already"])
-    target.write_text(find_config(arguments.name).read_text())
+    target.write_text(source.read_text())
     print(f"wrote {target}; run it with: uae-fast train {target}")
     return 0
 
 
 def run_caption(arguments: argparse.Namespace) -> int:
+    from .config import printable
+
     config, models = open_models(arguments)
     lines = []
     for path, caption in zip(*caption_images(arguments, config, models)[::2], strict=True):
-        lines.append(json.dumps({"file": path.name, "caption": caption}) if arguments.jsonl else f"{path}: {caption}")
+        row = json.dumps({"file": path.name, "caption": caption})
+        lines.append(row if arguments.jsonl else f"{printable(str(path))}: {printable(caption)}")
     if arguments.jsonl in (None, "-"):
         print("\n".join(lines))
     else:
@@ -183,6 +189,7 @@ def run_caption(arguments: argparse.Namespace) -> int:
 
 
 def run_reconstruct(arguments: argparse.Namespace) -> int:
+    from .config import printable
     from .evaluate.heldout import to_image
 
     config, models = open_models(arguments)
@@ -192,7 +199,7 @@ def run_reconstruct(arguments: argparse.Namespace) -> int:
     rows = list(zip(images, map(to_image, drawn), captions, rewards, strict=True))
     side_by_side(rows).save(arguments.out)
     for path, caption, reward in zip(paths, captions, rewards, strict=True):
-        print(f"{path}: {caption}  (reward {reward:.3f})")
+        print(f"{printable(str(path))}: {printable(caption)}  (reward {reward:.3f})")
     print(f"wrote {arguments.out}")
     return 0
 
@@ -224,9 +231,11 @@ def run_env(arguments: argparse.Namespace) -> int:
 
     import torch
 
+    from .determinism import describe_determinism
+
     print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
     names = ("uae-fast", "uae-kernels", "torch", "triton", "transformers", "diffusers", "peft", "accelerate")
-    for name in (*names, "bitsandbytes", "safetensors", "omegaconf", "flash-attn", "xformers"):
+    for name in (*names, "bitsandbytes", "safetensors", "pyyaml", "flash-attn", "xformers"):
         try:
             print(f"{name} {version(name)}")
         except PackageNotFoundError:
@@ -236,6 +245,7 @@ def run_env(arguments: argparse.Namespace) -> int:
         print(f"GPU {i}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
     if not torch.cuda.is_available():
         print("GPU none")
+    print(describe_determinism())
     return 0
 
 
@@ -277,7 +287,7 @@ def caption_images(
     arguments: argparse.Namespace, config: Config, models: Models
 ) -> tuple[list[Path], list[Image.Image], list[str]]:
     """Paths, images and captions of the files and folders given; unreadable files are named and left out."""
-    from .config import ConfigError
+    from .config import ConfigError, printable
     from .data import SUFFIXES, load_image
     from .rollout.captions import sample_captions
     from .seeds import derive_seed
@@ -292,9 +302,9 @@ def caption_images(
             images.append(load_image(path))
             readable.append(path)
         except Exception as error:  # whatever a decoder raises on a broken file
-            print(f"skipped {path}: {error}", file=sys.stderr)
+            print(printable(f"skipped {path}: {error}"), file=sys.stderr)
     if not images:
-        raise ConfigError(["no readable image among " + ", ".join(map(str, arguments.images))])
+        raise ConfigError([printable("no readable image among " + ", ".join(map(str, arguments.images)))])
     captions: list[str] = []
     for start in range(0, len(images), config.render.batch):
         chunk = slice(start, start + config.render.batch)

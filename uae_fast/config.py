@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 PRESETS = Path(__file__).parent / "configs"
+TAG = "tag:yaml.org,2002:"
+SCALARS = {TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")}
+FOLDERS = ("run", "models.path", "data.train", "data.heldout")
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
 
 
 class ConfigError(ValueError):
@@ -44,6 +49,8 @@ class DataConfig:
     heldout: str = "data/tiny/heldout"
     resolution: int = 32
     """Side of the images the decoder draws, in pixels."""
+    max_bad: float = 0.01
+    """Share of a folder's images that may be unreadable: they are left out by name. More of them stop the run."""
 
 
 @dataclass
@@ -208,7 +215,10 @@ class Config:
     stages: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Stages in the order they run; each starts from the end of the one before."""
     device: str = "auto"
-    """"auto" takes a GPU where there is one."""
+    """"auto" takes a GPU where there is one; or "cpu", "cuda", "cuda:1", "mps"."""
+    deterministic: bool = False
+    """Whether PyTorch may only use algorithms that repeat bit for bit (`torch.use_deterministic_algorithms`); an
+    operation that has none then raises."""
     reporters: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Besides metrics.jsonl: "tensorboard" or nothing."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
@@ -250,58 +260,61 @@ def find_config(name: str) -> Path:
         ConfigError: there is neither.
     """
     path = Path(name)
-    if path.is_file():
-        return path
     preset = PRESETS / f"{name}.yaml"
-    if path.name == name and preset.is_file():
-        return preset
+    try:
+        if path.is_file():
+            return path
+        if path.name == name and preset.is_file():
+            return preset
+    except OSError:  # a name too long for the file system
+        pass
     near = difflib.get_close_matches(path.stem, preset_names(), 1)
     hint = f"; did you mean the preset {near[0]}?" if near else f"; presets: {', '.join(preset_names())}"
-    raise ConfigError([f"{name}: no such file and no preset of that name{hint}"])
+    raise ConfigError([f"{_short(name)}: no such file and no preset of that name{hint}"])
 
 
-def load_config(name: str | Path, overrides: list[str] = ()) -> Config:  # type: ignore[assignment]
+def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads, overrides and checks a configuration.
 
     Args:
         name: a YAML file, or a preset's name.
-        overrides: "key=value" with dotted keys; values are read as YAML.
+        overrides: "key=value" with dotted keys. Values are read as YAML; one of a key that holds text, as it stands.
 
     Raises:
         ConfigError: with every mistake, each naming file and line, the key, and the nearest valid choice.
     """
     path = find_config(str(name))
+    known = leaves()
     problems: list[str] = []
-    given: dict[str, tuple[str, Any]] = {}  # key -> (where, value)
+    given: dict[str, tuple[str, yaml.Node]] = {}  # key -> (where, value)
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError([f"{where}: not valid YAML: {getattr(error, 'problem', error)}"]) from None
+        root = _compose(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError([_not_yaml(str(path), error)]) from None
     if root is not None:
         _collect(root, "", str(path), given, problems)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
-            problems.append(f"command line: {override!r} is not key=value")
+            problems.append(f"command line: {_short(override)!r} is not key=value")
             continue
         try:
-            given[key] = ("command line", yaml.safe_load(text))
-        except yaml.YAMLError:
-            problems.append(f"command line: {key}: {text!r} is not valid YAML")
+            is_text = known.get(key) is str or get_origin(known.get(key)) is Literal
+            node = yaml.ScalarNode(TAG + "str", text) if is_text else _compose(text)
+            given[key] = ("command line", node or yaml.ScalarNode(TAG + "null", ""))
+        except yaml.YAMLError as error:
+            problems.append(_not_yaml(f"command line: {_short(key)}", error))
 
-    known = leaves()
-    tree = OmegaConf.structured(Config)
-    for key, (where, value) in given.items():
+    config = Config()
+    for key, (where, node) in given.items():
         if key not in known:
-            problems.append(f"{where}: {key}: {_unknown(key, known)}")
+            problems.append(f"{where}: {_short(key)}: {_unknown(key, known)}")
             continue
+        group, _, leaf = key.rpartition(".")
         try:
-            OmegaConf.update(tree, key, value)
-        except OmegaConfBaseException as error:
-            problems.append(f"{where}: {key}: {str(error).splitlines()[0]}")
-    config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
+            setattr(getattr(config, group) if group else config, leaf, _value(node, known[key]))
+        except ValueError as error:
+            problems.append(f"{where}: {key}: {error}")
     for key, message in invariants(config):
         where = given[key][0] if key in given else "default"
         problems.append(f"{where}: {key}: {message}")
@@ -313,40 +326,124 @@ def load_config(name: str | Path, overrides: list[str] = ()) -> Config:  # type:
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration as YAML, whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False, width=math.inf), encoding="utf-8")
     temporary.replace(path)
 
 
+def _compose(text: str) -> yaml.Node | None:
+    """YAML as nodes: nothing is constructed, an alias is not expanded."""
+    try:
+        return yaml.compose(text, yaml.SafeLoader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+
+
+def _not_yaml(where: str, error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if isinstance(error, OSError):
+        return f"{where}: {error.strerror}"
+    place = f"{where}:{mark.line + 1}" if mark and where != "command line" else where
+    return f"{place}: not valid YAML: {_short(getattr(error, 'problem', None) or str(error).splitlines()[0])}"
+
+
 def _collect(node: yaml.Node, prefix: str, file: str, given: dict, problems: list[str]) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        problems.append(
-            f"{file}:{node.start_mark.line + 1}: {prefix.rstrip('.') or 'the file'}: expected keys and values"
-        )
+    if node.tag == TAG + "null":  # all its lines are commented out
         return
-    groups = {key.rsplit(".", 1)[0] for key in leaves() if "." in key}
-    seen: set[str] = set()
+    where = f"{file}:{node.start_mark.line + 1}"
+    if not isinstance(node, yaml.MappingNode):
+        problems.append(f"{where}: {prefix.rstrip('.') or 'the file'}: expected keys and values")
+        return
+    groups = {key.rpartition(".")[0] for key in leaves() if "." in key}
+    seen: dict[str, str] = {}
     for key_node, value_node in node.value:
-        key, where = prefix + str(key_node.value), f"{file}:{key_node.start_mark.line + 1}"
-        if key in seen:
-            problems.append(f"{where}: {key}: given twice")
-        seen.add(key)
+        where = f"{file}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(f"{where}: a key must be a word, not {_shown(key_node)}")
+            continue
+        key = prefix + key_node.value
+        if key in seen or key in given:
+            problems.append(f"{where}: {_short(key)}: given twice, first at {seen.get(key) or given[key][0]}")
+        seen[key] = where
         if key in groups:
             _collect(value_node, f"{key}.", file, given, problems)
         else:
-            try:
-                given[key] = (where, yaml.SafeLoader("").construct_object(value_node, deep=True))
-            except yaml.YAMLError as error:
-                problems.append(f"{where}: {key}: {getattr(error, 'problem', error)}")
+            given[key] = (where, value_node)
+
+
+def _value(node: yaml.Node, kind: Any) -> Any:
+    """A node as text, a number, a truth value, one of a Literal's choices, or a list of such.
+
+    Raises:
+        ValueError: it is none; the message says what is expected.
+    """
+    if node.tag not in SCALARS | {TAG + "seq", TAG + "map"}:
+        raise ValueError(f"could not determine a constructor for the tag {_short(node.tag)!r}: plain values only")
+    if get_origin(kind) is list:
+        if not isinstance(node, yaml.SequenceNode):
+            raise ValueError(f"{_shown(node)} is not a list; write [a, b]")
+        return [_value(item, get_args(kind)[0]) for item in node.value]
+    text = node.value if isinstance(node, yaml.ScalarNode) and node.tag != TAG + "null" else None
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            near = difflib.get_close_matches(text or "", get_args(kind), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{_shown(node)} is none of {', '.join(get_args(kind))}{hint}")
+    elif kind is str:
+        if text is None:
+            raise ValueError(f"{_shown(node)} is not a text")
+        if "\0" in text or text != unicode_text(text):
+            raise ValueError(f"{_shown(node)} has a character that is no Unicode text")
+    elif kind is bool:
+        if text is None or text.lower() not in yaml.SafeLoader.bool_values:
+            raise ValueError(f"{_shown(node)} is neither true nor false")
+        return yaml.SafeLoader.bool_values[text.lower()]
+    elif kind is int:
+        if text is None or not re.fullmatch(r"[-+]?[0-9][0-9_]{0,17}", text):
+            raise ValueError(f"{_shown(node)} is not a whole number of at most 18 digits")
+        return int(text)
+    else:
+        try:
+            number = float(text if text is not None else "nothing")
+        except ValueError:
+            raise ValueError(f"{_shown(node)} is not a number") from None
+        if not math.isfinite(number):
+            raise ValueError(f"{_shown(node)} is not a finite number")
+        return number
+    return text
+
+
+def _shown(node: yaml.Node) -> str:
+    """A value as a message shows it."""
+    if isinstance(node, yaml.ScalarNode):
+        return "nothing" if node.tag == TAG + "null" else repr(_short(node.value))
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a group of keys"
+
+
+def _short(text: str) -> str:
+    """Text from outside, in one line of at most 80 characters."""
+    line = printable(text[:81])
+    return line if len(line) <= 80 else f"{line[:77]}..."
+
+
+def printable(text: str) -> str:
+    """Text that moves no cursor, breaks no line and can be encoded: whatever else there is, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def unicode_text(text: str) -> str:
+    """Text without halves of surrogate pairs, which no encoding takes: "?" in their place."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _unknown(key: str, known: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(key, known, 1, 0.6)
-    if not near and "." in key:
-        group = key.rsplit(".", 1)[0]
-        inside = [name.rsplit(".", 1)[1] for name in known if name.startswith(f"{group}.")]
-        if inside:
-            return f"unknown key; {group} has {', '.join(inside)}"
-    return f"unknown key; did you mean {near[0]}?" if near else "unknown key"
+    near = difflib.get_close_matches(key[:80], known, 1, 0.6)
+    if near:
+        return f"unknown key; did you mean {near[0]}?"
+    group = key.rpartition(".")[0]
+    inside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == group]
+    if inside and group:
+        return f"unknown key; {group} has {', '.join(inside)}"
+    return f"unknown key; there are {', '.join(dict.fromkeys(name.partition('.')[0] for name in known))}"
 
 
 def invariants(config: Config) -> list[tuple[str, str]]:
@@ -359,12 +456,21 @@ def invariants(config: Config) -> list[tuple[str, str]]:
 
     for key, value in _numbers(config):
         need(value >= 0 or key == "seed", key, f"{value} is negative")
+    for key in FOLDERS:
+        group, _, leaf = key.rpartition(".")
+        need(bool(getattr(getattr(c, group) if group else c, leaf).strip()), key, "names no folder")
+    need(bool(DEVICE.fullmatch(c.device)), "device", f"no device {c.device!r}; choose auto, cpu, cuda, cuda:N or mps")
+    need(c.data.resolution >= 1, "data.resolution", "at least 1")
+    need(c.data.max_bad < 1, "data.max_bad", "is a share: below 1")
     need(bool(c.stages), "stages", "no stage to run; choose from 0, 1, 2, 3")
-    for stage in c.stages:
+    for stage in dict.fromkeys(c.stages):
         need(stage in (0, 1, 2, 3), "stages", f"there is no stage {stage}; choose from 0, 1, 2, 3")
+        need(c.stages.count(stage) == 1, "stages", f"stage {stage} is listed twice")
     for reporter in c.reporters:
         need(reporter == "tensorboard", "reporters", f"no reporter {reporter!r}; choose from tensorboard")
-    need(len(c.optimizer.betas) == 2, "optimizer.betas", "two numbers are needed")
+    betas_fit = len(c.optimizer.betas) == 2 and all(0 <= beta < 1 for beta in c.optimizer.betas)
+    need(betas_fit, "optimizer.betas", "two numbers of at least 0 and below 1 are needed")
+    need(c.optimizer.eps > 0, "optimizer.eps", "must be above 0")
     need(c.optimizer.max_grad_norm > 0, "optimizer.max_grad_norm", "must be above 0")
     for name in ("stage0", "stage1", "stage2", "stage3"):
         stage = getattr(c, name)
@@ -401,11 +507,18 @@ def invariants(config: Config) -> list[tuple[str, str]]:
         f"must be below render.steps = {c.render.steps}: the last step is never trained on",
     )
     need(c.stage3.noise_level > 0, "stage3.noise_level", "must be above 0: a path without noise has no log-prob")
+    need(
+        c.stage3.kind != "cps" or c.stage3.noise_level <= 1,
+        "stage3.noise_level",
+        "of stage3.kind = cps is a fraction of a quarter turn: at most 1",
+    )
     need(c.stage3.ema_decay < 1, "stage3.ema_decay", "must be below 1")
     need(c.stage2.temperature > 0, "stage2.temperature", "must be above 0")
     need(c.caption.temperature > 0, "caption.temperature", "must be above 0")
     need(c.caption.max_new_tokens >= 1, "caption.max_new_tokens", "at least 1")
+    need(c.condition.length >= 1, "condition.length", "at least 1")
     need(c.models.lora_rank >= 1, "models.lora_rank", "at least 1")
+    need(c.models.lora_alpha >= 1, "models.lora_alpha", "at least 1: at 0 an adapter adds nothing")
     need(c.optimizer.max_skipped >= 1, "optimizer.max_skipped", "at least 1")
     need(c.checkpoint.every >= 1, "checkpoint.every", "at least 1")
     need(c.checkpoint.keep >= 1, "checkpoint.keep", "at least 1")

@@ -81,7 +81,7 @@ def write_report(run: Path) -> Path:
 </html>
 """
     report = run / "report.html"
-    report.write_text(page, encoding="utf-8")
+    report.write_text(page, encoding="utf-8", errors="replace")  # a file's name need not be Unicode
     return report
 
 
@@ -218,23 +218,22 @@ def table(moments: dict[str, dict]) -> str:
 def gallery(samples: Path, scores: dict[str, list[dict]]) -> str:
     """A row for each held-out image with pictures: the source, then what was written and drawn."""
     shown = [moment for moment in MOMENTS if scores[moment]]
-    by_stem = {moment: {Path(row["file"]).stem: row for row in rows} for moment, rows in scores.items()}
-    stems = [
-        stem
-        for stem in dict.fromkeys(stem for moment in shown for stem in by_stem[moment])
-        if any((samples / moment / f"{stem}.png").is_file() for moment in shown)
-    ]
-    if not stems:
+    by_file = {moment: {row["file"]: row for row in rows} for moment, rows in scores.items()}
+    pictures = {row["file"]: picture_name(row) for moment in shown for row in scores[moment]}
+    pictures = {
+        file: name for file, name in pictures.items() if any((samples / moment / name).is_file() for moment in shown)
+    }
+    if not pictures:
         return ""
     lines = []
-    for stem in stems:
-        truth = by_stem["ceiling"].get(stem, {}).get("caption") or ""
-        picture = embed(samples / "source" / f"{stem}.png", f"{stem}, the source")
+    for file, name in pictures.items():
+        truth = by_file["ceiling"].get(file, {}).get("caption") or ""
+        picture = embed(samples / "source" / name, f"{file}, the source")
         cells = [cell(picture, "Source", f'<p class="truth">{escape(truth)}</p>')]
         previous: dict | None = None
         for moment in shown:
-            row = by_stem[moment].get(stem, {})
-            picture = embed(samples / moment / f"{stem}.png", f"{stem}, redrawn {label(moment).lower()}")
+            row = by_file[moment].get(file, {})
+            picture = embed(samples / moment / name, f"{file}, redrawn {label(moment).lower()}")
             cells.append(cell(picture, label(moment), captioned(row, previous)))
             previous = row or previous
         lines.append(f'<div class="row">{"".join(cells)}</div>\n')
@@ -244,6 +243,11 @@ def gallery(samples: Path, scores: dict[str, list[dict]]) -> str:
 <div class="heads" aria-hidden="true">{heads}</div>
 {"".join(lines)}</div></section>
 """
+
+
+def picture_name(row: dict) -> str:
+    """The file of a row's picture in each moment's folder, and never a path out of it."""
+    return Path(row.get("picture") or f"{Path(row['file']).stem}.png").name
 
 
 def cell(picture: str, name: str, words: str) -> str:

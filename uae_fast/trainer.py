@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .checkpoint import checkpoints, clear_leftovers, load_checkpoint, newest_checkpoint, read_state
 from .config import Config, ConfigError, save_config
 from .data import Example, ImageFolder
+from .determinism import set_deterministic
 from .evaluate.heldout import Evaluator
 from .guards import Interrupted, fetch, non_finite, shrink_micro_batch, stop_requests
 from .identity import differences, machine, run_identity
@@ -56,12 +57,13 @@ def train(config: Config, *, resume: bool = False, force: Sequence[str] = ()) ->
     if not resume and (checkpoints(folder / "checkpoints") or (folder / "metrics.jsonl").exists()):
         raise ConfigError([f"run: {folder} has a run already; go on with --resume, or name another folder (run=…)"])
     models_folder(config)
+    print(set_deterministic(config.deterministic), flush=True)
     kinds = [STAGES[number] for number in config.stages]
-    data = ImageFolder(config.data.train, "data.train", captions=any(kind.needs_captions for kind in kinds))
-    heldout = ImageFolder(config.data.heldout, "data.heldout")
-    for images in (data, heldout):
-        for file, reason in images.skipped.items():
-            print(f"skipped {images.folder / file}: {reason}", flush=True)
+    captions, max_bad = any(kind.needs_captions for kind in kinds), config.data.max_bad
+    data = ImageFolder(config.data.train, "data.train", captions=captions, max_bad=max_bad)
+    heldout = ImageFolder(config.data.heldout, "data.heldout", max_bad=max_bad)
+    for note in (*data.notes(), *heldout.notes()):
+        print(note, flush=True)
     identity, position = run_identity(config), Position()
     if start is not None:
         state = read_state(start)

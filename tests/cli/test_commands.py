@@ -83,7 +83,7 @@ def test_configs_lists_and_copies(tmp_path, monkeypatch, capsys):
 def test_env_names_the_versions(capsys):
     assert main(["env"]) == 0
     output = capsys.readouterr().out
-    for name in ("python", "torch 2.", "uae-kernels 0.", "bitsandbytes", "GPU"):
+    for name in ("python", "torch 2.", "uae-kernels 0.", "bitsandbytes", "GPU", "deterministic: as PyTorch chooses"):
         assert name in output
 
 

@@ -51,7 +51,9 @@ def test_stages_2_and_3_need_no_captions(own_world, world, small_config):
 def test_broken_images_are_named_skipped_and_counted(own_world, small_config, capsys):
     (own_world / "train" / "scene-00007.png").write_bytes(b"not a picture")
     (own_world / "train" / "scene-00009.png").write_bytes(b"")
-    run = train(small_config(own_world, "stages=[2]"))
+    with pytest.raises(ConfigError, match="2 of the 64 images"):
+        train(small_config(own_world, "stages=[2]"))
+    run = train(small_config(own_world, "stages=[2]", "data.max_bad=0.05"))
     output = capsys.readouterr().out
     assert "scene-00007.png" in output and "scene-00009.png" in output
     assert {row["skipped_images"] for row in rows(run)} == {2}

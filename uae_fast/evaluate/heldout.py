@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from ..rollout.captions import sample_captions
 from ..rollout.renders import render, render_guidance
 from ..seeds import derive_seed
 from ..tiny.classifier import Classifier
-from ..tiny.scenes import caption_scores, read_scene
+from ..tiny.scenes import Scene, caption_scores, read_scene
 
 MOMENTS = ("before", "stage0", "stage1", "stage2", "stage3")
 
@@ -37,6 +39,7 @@ class Evaluator:
         self.config, self.models, self.folder = config, models, folder
         self.count = min(config.evaluate.images, len(data))
         self.data = data
+        self.pictures = picture_names(data.files)
         weights = models_folder(config)
         judged = (weights / "classifier.safetensors").is_file() and data.captioned
         self.classifier = Classifier.load(weights) if judged else None
@@ -98,12 +101,13 @@ class Evaluator:
                 rewards = models.reward(images, models.reward.embed_sources([e.image for e in examples])).tolist()
                 accuracies = self._accuracies(images, examples)
                 for i, example in enumerate(examples):
-                    if len(rows) < config.evaluate.gallery:
-                        name = f"{Path(example.file).stem}.png"
-                        to_image(images[i]).save(folder / name)
-                        example.image.save(sources / name)
                     caption, tokens = captions[i]
-                    rows.append(score(example, caption, tokens, rewards[i], accuracies[i]))
+                    row = score(example, caption, tokens, rewards[i], accuracies[i])
+                    if len(rows) < config.evaluate.gallery:
+                        row["picture"] = self.pictures[example.file]
+                        to_image(images[i]).save(folder / row["picture"])
+                        example.image.save(sources / row["picture"])
+                    rows.append(row)
                 progress.advance(len(examples), f"reward {_mean(rows, 'reward'):.3f}")
         write_whole(folder / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -119,10 +123,29 @@ class Evaluator:
         return list(zip(captions.texts, captions.mask.sum(1).tolist(), strict=True))
 
     def _accuracies(self, images: Tensor, examples: list[Example]) -> list[float | None]:
-        if self.classifier is None:
-            return [None] * len(examples)
-        scenes = [read_scene(example.caption or "") for example in examples]
-        return self.classifier.accuracy(images.cpu(), scenes).tolist()
+        found: list[float | None] = [None] * len(examples)
+        scenes = {i: scene for i, example in enumerate(examples) if (scene := find_scene(example))}
+        if self.classifier is not None and scenes:
+            accuracies = self.classifier.accuracy(images[list(scenes)].cpu(), list(scenes.values()))
+            for i, accuracy in zip(scenes, accuracies.tolist(), strict=True):
+                found[i] = accuracy
+        return found
+
+
+def picture_names(files: Sequence[str]) -> dict[str, str]:
+    """A name for the PNG file of each of some image files: its stem; where files share one, with its place."""
+    stems = [Path(file).stem for file in files]
+    shared = Counter(stems)
+    names = (f"{stem}.png" if shared[stem] == 1 else f"{stem[:40]}~{i}.png" for i, stem in enumerate(stems))
+    return dict(zip(files, names, strict=True))
+
+
+def find_scene(example: Example) -> Scene | None:
+    """The scene that an image's caption completely describes, if it is one of the small world."""
+    try:
+        return read_scene(example.caption or "")
+    except ValueError:
+        return None
 
 
 def score(example: Example, caption: str, tokens: int | None, reward: float, accuracy: float | None) -> dict:

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..config import ConfigError, unicode_text
+
 LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 READER = "reader"  # the name of the adapter that re-reads captions; the policy's is "default"
 
@@ -70,6 +72,12 @@ class Encoder(nn.Module):
         image_processor: its (PIL) image processor.
         caption_prompt: the user's words, put before the image.
         condition_length: number of positions of a condition; re-read captions are cut or padded to it.
+
+    Attributes:
+        special_ids: every id that stands for no word. The text of a special token makes none of them.
+
+    Raises:
+        ConfigError: the prompt has special tokens, the template lacks a role or takes up the whole condition.
     """
 
     model: Any
@@ -84,6 +92,18 @@ class Encoder(nn.Module):
         self.adapters: Any = None  # the PeftModel around self.model
         self.requires_grad_(False).eval()
 
+        config = model.config
+        visual = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        self.special_ids = {
+            *tokenizer.all_special_ids,
+            *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),
+            *(getattr(config, name) for name in visual if getattr(config, name, None) is not None),
+        }
+        words = tokenizer(caption_prompt, add_special_tokens=False)["input_ids"]
+        found = [i for i in words if i in self.special_ids - {tokenizer.unk_token_id}]
+        if found:
+            token = tokenizer.convert_ids_to_tokens(found[0])
+            raise ConfigError([f"caption.prompt: {token} is a special token of the encoder; write words"])
         user_turn = [{"type": "text", "text": caption_prompt}, {"type": "image"}]
         self._prompt_text = tokenizer.apply_chat_template(
             [{"role": "user", "content": user_turn}], tokenize=False, add_generation_prompt=True
@@ -91,14 +111,18 @@ class Encoder(nn.Module):
         marker = "\x00"
         frame = tokenizer.apply_chat_template(
             [{"role": "generate", "content": marker}], tokenize=False, add_generation_prompt=True
+        ).split(marker)
+        image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        if len(frame) != 2 or self._prompt_text.count(image_token) != 1:
+            needed = f'one {image_token} an image, and what the role "generate" says'
+            raise ConfigError([f"models.path: the chat template of the encoder must write {needed}"])
+        self._read_prefix, self._read_suffix = (
+            tokenizer(part, add_special_tokens=False)["input_ids"] for part in frame
         )
-        before, after = frame.split(marker)
-        self._read_prefix = tokenizer(before, add_special_tokens=False)["input_ids"]
-        self._read_suffix = tokenizer(after, add_special_tokens=False)["input_ids"]
-        if len(self._read_prefix) + len(self._read_suffix) >= condition_length:
-            raise ValueError(
-                f"condition.length is {condition_length}; the chat template alone takes "
-                f"{len(self._read_prefix) + len(self._read_suffix)} positions"
+        taken = len(self._read_prefix) + len(self._read_suffix)
+        if taken >= condition_length:
+            raise ConfigError(
+                [f"condition.length: {condition_length} positions leave no room; the chat template alone takes {taken}"]
             )
 
     @property
@@ -117,12 +141,13 @@ class Encoder(nn.Module):
     @property
     def suppressed_ids(self) -> list[int]:
         """Ids never sampled in a caption: every special token but the end of the turn."""
-        return [i for i in self.tokenizer.all_special_ids if i != self.eos_id]
+        return sorted(self.special_ids - {self.eos_id})
 
     def words(self, caption: str) -> list[int]:
         """A caption's token ids. Special-token text in it is read as plain words, or left out where it cannot be."""
-        ids = self.tokenizer(caption.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        text = unicode_text(caption.strip())
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        special = self.special_ids - {self.tokenizer.unk_token_id}
         return [i for i in ids if i not in special]
 
     def answers(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from ..checkpoint import (
+    LOCAL,
     DamagedCheckpoint,
     checkpoints,
     find_moment,
@@ -16,7 +19,7 @@ from ..checkpoint import (
     read_state,
     verify_checkpoint,
 )
-from ..config import Config, ConfigError, load_config
+from ..config import Config, ConfigError, load_config, printable
 from ..seeds import derive_seed
 from . import Models
 from .decoder import Decoder
@@ -26,34 +29,84 @@ from .reward import Reward
 
 TINY = Path(__file__).parent.parent / "tiny" / "weights"
 PARTS = ("encoder", "decoder", "projector.safetensors", "reward")  # of a folder of models
+WEIGHTS = ("encoder", "decoder/transformer", "decoder/vae", "reward")  # what has its weights in a folder of its own
+PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 MAX_SHARD = "2MB"
 
 
 def models_folder(config: Config) -> Path:
-    """The folder behind `models.path`.
+    """The folder behind `models.path`, which no model hub stands behind: what is not on the disk is not loaded.
 
     Raises:
-        ConfigError: there is none, or a part is missing in it.
+        ConfigError: there is none, a part is missing in it, it has weights that cannot be read without running code, or
+            its decoder does not draw images of `data.resolution`.
     """
     folder = TINY if config.models.path == "tiny" else Path(config.models.path)
-    for part in (
-        "encoder",
-        "decoder/transformer",
-        "decoder/vae",
-        "decoder/scheduler",
-        "projector.safetensors",
-        "reward",
-    ):
-        if not (folder / part).exists():
-            raise ConfigError([f'models.path: {folder} has no {part}; "tiny" names the weights in the package'])
+    if not folder.is_dir():
+        raise ConfigError(
+            [f'models.path: {folder} is no folder on this machine; "tiny" names the weights in the package']
+        )
+    parts = (*WEIGHTS, "decoder/scheduler", "projector.safetensors")
+    missing = [part for part in parts if not (folder / part).exists()]
+    problems = [f"models.path: {folder} has no {', '.join(missing)}"] if missing else []
+    for part in WEIGHTS:
+        if part not in missing:
+            problems += [f"models.path: {folder / part} {fault}" for fault in unsafe_weights(folder / part)]
+    if not problems:
+        problems = _unfit_resolution(config.data.resolution, folder / "decoder")
+    if problems:
+        raise ConfigError(problems)
     return folder
 
 
+def unsafe_weights(folder: Path) -> list[str]:
+    """Why the weights of a model's folder are not read, if they are not: nothing here is unpickled."""
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            return [f"has its weights as pickles ({', '.join(pickles)}), which may run code; convert to safetensors"]
+        return ["has no weights (*.safetensors)"]
+    outside = []
+    for index in folder.glob("*.index.json"):
+        with named(str(index)):
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            outside += [f"has a shard outside itself: {printable(name)}" for name in shards if Path(name).name != name]
+    return outside
+
+
+def _unfit_resolution(resolution: int, decoder: Path) -> list[str]:
+    with named(str(decoder)):
+        vae, transformer = (json.loads((decoder / part / "config.json").read_text()) for part in ("vae", "transformer"))
+        unit = 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
+        largest = unit * transformer["pos_embed_max_size"]
+        if resolution % unit or not resolution <= largest:
+            return [f"data.resolution: {resolution} is no multiple of {unit} up to {largest}, as {decoder} draws"]
+        return []
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Within, whatever a library raises on a file that is not what it should be becomes a line that names it."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ConfigError([f"models.path: {what} cannot be loaded: {printable(reason)}"]) from error
+
+
 def run_device(config: Config) -> torch.device:
-    """The device of a run: the configured one, or for "auto" a GPU where there is one."""
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of a run: the configured one, or for "auto" a GPU where there is one.
+
+    Raises:
+        ConfigError: a GPU is asked for, and there is none.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError([f"device: {config.device}, but PyTorch finds no GPU here"])
+    return torch.device(config.device)
 
 
 def load_models(config: Config) -> Models:
@@ -63,21 +116,24 @@ def load_models(config: Config) -> Models:
     scheduler, pooled.safetensors), ``projector.safetensors`` and ``reward/`` (a CLIP model).
     """
     folder = models_folder(config)
-    models = Models(
-        load_encoder(
-            folder / "encoder", caption_prompt=config.caption.prompt, condition_length=config.condition.length
-        ),
-        load_projector(folder),
-        load_decoder(folder / "decoder"),
-        load_reward(folder / "reward"),
-        reader="reader" if config.condition.adapter == "frozen" else "policy",
-    )
+    device = run_device(config)
+    with named(str(folder / "encoder")):
+        prompt, length = config.caption.prompt, config.condition.length
+        encoder = load_encoder(folder / "encoder", caption_prompt=prompt, condition_length=length)
+    with named(str(folder / "projector.safetensors")):
+        projector = load_projector(folder)
+    with named(str(folder / "decoder")):
+        decoder = load_decoder(folder / "decoder")
+    with named(str(folder / "reward")):
+        reward = load_reward(folder / "reward")
+    reader = "reader" if config.condition.adapter == "frozen" else "policy"
+    models = Models(encoder, projector, decoder, reward, reader)
     settings = config.models
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(config.seed, "lora"))
         models.encoder.prepare_training(settings.encoder, settings.lora_rank, settings.lora_alpha)
         models.decoder.prepare_training(settings.decoder, settings.lora_rank, settings.lora_alpha)
-    return models.to(run_device(config))
+    return models.to(device)
 
 
 def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
@@ -88,14 +144,20 @@ def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
 
 
 def load_encoder(folder: Path, *, caption_prompt: str, condition_length: int) -> Encoder:
-    """An encoder in fp32 from a folder with model, tokenizer and image processor."""
+    """An encoder in fp32 from a folder with model, tokenizer and image processor.
+
+    Its chat template is rendered by transformers in a sandbox without access to Python. The attention is named here,
+    because a name in the folder's config.json could be that of a kernel to be downloaded.
+    """
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Encoder(
-        Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(folder),
-        Qwen2VLImageProcessorPil.from_pretrained(folder),
+        Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", **LOCAL
+        ),
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True),
         caption_prompt=caption_prompt,
         condition_length=condition_length,
     )
@@ -130,9 +192,9 @@ def load_decoder(folder: Path) -> Decoder:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
     return Decoder(
-        SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32),
-        AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
-        FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32, **LOCAL),
+        AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, **LOCAL),
+        FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
         load_file(folder / "pooled.safetensors")["pooled"].float(),
     )
 
@@ -142,7 +204,7 @@ def load_reward(folder: Path) -> Reward:
     from transformers import CLIPModel
 
     normalisation = json.loads((folder / "preprocessor_config.json").read_text())
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **LOCAL)
     return Reward(model, normalisation["image_mean"], normalisation["image_std"])
 
 

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..checkpoint import LOCAL
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.loading import save_decoder, save_encoder, save_reward
@@ -375,7 +376,8 @@ def train_decoder(folder: Path, work: Path, steps: int = 550) -> dict:
     torch.manual_seed(derive_seed(SEED, "decoder"))
     world = World()
     encoder = load_encoder(folder / "encoder", caption_prompt=PROMPT, condition_length=CONDITION_LENGTH)
-    decoder = build_decoder(AutoencoderKL.from_pretrained(folder / "decoder" / "vae", torch_dtype=torch.float32))
+    vae = AutoencoderKL.from_pretrained(folder / "decoder" / "vae", torch_dtype=torch.float32, **LOCAL)
+    decoder = build_decoder(vae)
     projector = Projector(128, 192, 96)
     decoder.trainable()
     latents = torch.cat([decoder.encode(chunk) for chunk in world.pictures.split(256)])

@@ -5,10 +5,11 @@ from importlib import import_module
 import pytest
 import torch
 
-OPS = [
-    import_module(f".{name}", __package__)
-    for name in ("group_advantages", "token_logprobs", "linear_logprobs", "grpo_loss", "linear_grpo_loss")
-]
+NAMES = (
+    "group_advantages", "token_logprobs", "linear_logprobs", "grpo_loss", "linear_grpo_loss", "flow_step",
+    "flow_grpo_loss",
+)  # fmt: skip
+OPS = [import_module(f".{name}", __package__) for name in NAMES]
 
 
 def pytest_generate_tests(metafunc):

@@ -1,7 +1,7 @@
 """What the ops share: result types, the dtype rule, dispatch, and how numbers reach a custom op."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,41 +72,6 @@ def unpack(packed: Tensor) -> list[Any]:
     return [None if math.isnan(value) else value for value in packed.tolist()]
 
 
-def pull_back(
-    function: Callable[..., tuple[Tensor, ...]],
-    inputs: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    grads: tuple[Tensor, ...],
-) -> Any:
-    """The gradient of each needed input of `function`, which is evaluated again; no elements for the others.
-
-    A custom op runs below autograd's dispatch keys; here they are put back. torch.func would serve, but not
-    inside a TorchDispatchMode (such as a FLOP counter).
-    """
-    included, excluded = (
-        torch._C._dispatch_tls_local_include_set(),
-        torch._C._dispatch_tls_local_exclude_set(),
-    )
-    excluded = excluded.remove(torch._C.DispatchKey.AutogradFunctionality)
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
-        leaves = [
-            x.detach().requires_grad_() if x is not None and need else x for x, need in zip(inputs, needed, strict=True)
-        ]
-        outputs = [(y, g) for y, g in zip(function(*leaves), grads, strict=True) if y.requires_grad]
-        chosen = [x for x, need in zip(leaves, needed, strict=True) if x is not None and need]
-        result = iter(
-            torch.autograd.grad([y for y, _ in outputs], chosen, [g for _, g in outputs], materialize_grads=True)
-        )
-    return tuple(next(result).contiguous() if need else grads[0].new_empty(0) for need in needed)
-
-
-def fake_pull_back(inputs: Sequence[Tensor | None], needed: Sequence[bool], like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(
-        x.new_empty(x.shape) if x is not None and need else like.new_empty(0)
-        for x, need in zip(inputs, needed, strict=True)
-    )
-
-
 def number(value: float, like: Tensor) -> Tensor:
     """A number as a 0-d tensor beside `like`, without a copy from the host."""
     return torch.ones((), dtype=like.dtype, device=like.device) * value
@@ -129,4 +94,4 @@ def row_sum(x: Tensor) -> Tensor:
     """
     rows, n = x.shape
     x = torch.nn.functional.pad(x, (0, -n % 1024))
-    return x.reshape(rows, -1, 1024).sum(-1).sum(-1)
+    return x.reshape(rows, x.shape[1] // 1024, 1024).sum(-1).sum(-1)

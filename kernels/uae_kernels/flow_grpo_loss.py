@@ -1,118 +1,172 @@
 """The clipped policy loss of one denoising step."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
-from ._common import GRPOLoss, check_impl, compute_dtype, fake_pull_back, pack, per_sample, pull_back, unpack
+from ._common import GRPOLoss, pack
+from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, as_arguments, launch_forward
+from ._triton import fp64, jit, launch, tl, use_triton
 from .reference.flow_grpo_loss import METRICS, check_loss
-from .reference.flow_step import check_step
+from .reference.flow_step import NOISE_LEVEL, check_step
+from .reference.grpo_loss import MAX_EXPONENT
+
+SAMPLES = 256  # samples at a time
+FAR = tl.constexpr(MAX_EXPONENT)
 
 
-def _loss(
-    velocity: Tensor,
-    velocity_uncond: Tensor | None,
-    sample: Tensor,
-    next_sample: Tensor,
-    ref_velocity: Tensor | None,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    sigma: Tensor,
-    sigma_next: Tensor,
-    sigma_max: Tensor,
-    normalizer: Tensor | None,
-    packed: Tensor,
-    kind: str,
-    kl: str,
-    log_prob: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), per sample (B,), metrics (5,) and log-probabilities (B,)."""
-    noise_level, beta, clip_range, advantage_clip, guidance_scale, count = unpack(packed)
+@jit("old_b", "advantages_b", "samples", "count", "lower", "upper", "limit", "beta")
+def _loss_kernel(
+    log_probs, old, old_b, advantages, advantages_b, distances, kl_factors, normalizer,
+    loss, per_sample, metrics, slopes, divisor, samples, count, lower, upper, limit, beta, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """Each sample's loss and its slope in the log-probability; the loss and the metrics, summed in fp64."""
+    losses = tl.zeros((SAMPLES,), tl.float64)
+    kls = tl.zeros((SAMPLES,), tl.float64)
+    ratios = tl.zeros((SAMPLES,), tl.float64)
+    lows = tl.zeros((SAMPLES,), tl.float64)
+    highs = tl.zeros((SAMPLES,), tl.float64)
+    largest = tl.zeros((SAMPLES,), tl.float32)
+    for start in range(0, samples, SAMPLES):
+        i = start + tl.arange(0, SAMPLES).to(tl.int64)
+        m = i < samples
+        a = tl.load(advantages + i * advantages_b, mask=m, other=0).to(tl.float32)
+        a = tl.where(a > limit, limit, tl.where(a < -limit, -limit, a))
+        log_ratio = tl.load(log_probs + i, mask=m, other=0)
+        log_ratio -= tl.load(old + i * old_b, mask=m, other=0).to(tl.float32)
+        near = tl.where(log_ratio > FAR, FAR, tl.where(log_ratio < -FAR, -FAR, log_ratio))
+        ratio = tl.exp(near)
+        free = -a * ratio
+        clipped = -a * tl.where(ratio < lower, lower, tl.where(ratio > upper, upper, ratio))
+        value = tl.where(free > clipped, free, clipped)
+        # As autograd has it: at a bound, where both sides are equal, the slope is that of r itself.
+        moves = ((ratio >= lower) & (ratio <= upper)) | (free > clipped)
+        slope = tl.where(moves & (log_ratio >= -FAR) & (log_ratio <= FAR), free, 0.0)
+        kl = tl.zeros((SAMPLES,), tl.float32)
+        if distances is not None:
+            kl = -tl.load(distances + i, mask=m, other=0) * tl.load(kl_factors + i, mask=m, other=0)
+            value += beta * kl
+        tl.store(per_sample + i, value, mask=m)
+        tl.store(slopes + i, slope, mask=m)
+        losses += tl.where(m, value, 0.0)
+        kls += tl.where(m, kl, 0.0)
+        ratios += tl.where(m, ratio, 0.0)
+        largest = tl.maximum(largest, tl.where(m, ratio, 0.0))
+        lows += tl.where(m & (ratio < lower) & (a < 0), 1.0, 0.0)
+        highs += tl.where(m & (ratio > upper) & (a > 0), 1.0, 0.0)
+
+    own = tl.maximum(samples, 1).to(tl.float64)
+    by = tl.where(count == count, count, own)
+    if normalizer is not None:
+        by = tl.load(normalizer).to(tl.float64)
+    ratio_sum = tl.sum(ratios)  # has the NaN that a maximum drops
+    tl.store(loss, tl.sum(losses) / by)
+    tl.store(divisor, by)
+    tl.store(metrics, tl.sum(kls) / own)
+    tl.store(metrics + 1, ratio_sum / own)
+    tl.store(metrics + 2, tl.where(ratio_sum == ratio_sum, tl.max(largest), ratio_sum))
+    tl.store(metrics + 3, tl.sum(lows) / own)
+    tl.store(metrics + 4, tl.sum(highs) / own)
+
+
+def _outputs(step: Step) -> tuple[Tensor, ...]:
+    """Loss, per sample, metrics, log-probabilities; for the backward pass slopes and what the loss is divided by."""
+    B = len(step.sample)
+    return tuple(step.empty(*shape) for shape in ((), (B,), (len(METRICS),), (B,), (B,), ()))
+
+
+def _forward_triton(
+    step: Step, old_log_prob: Tensor, advantages: Tensor, normalizer: Tensor | None
+) -> tuple[Tensor, ...]:
+    n, B = step.numbers, len(step.sample)
+    loss, per_sample, metrics, log_probs, slopes, divisor = outputs = _outputs(step)
+    distances = kl_factors = None
+    if step.ref_velocity is not None:
+        distances, kl_factors = step.empty(B), step.empty(B)
+    launch_forward(step, std=step.empty(B), log_probs=log_probs, distances=distances, kl_factors=kl_factors)
+    launch(
+        _loss_kernel, (1,), log_probs, old_log_prob, old_log_prob.stride(0), advantages, advantages.stride(0),
+        distances, kl_factors, normalizer, loss, per_sample, metrics, slopes, divisor, B,
+        math.nan if n.normalizer is None else n.normalizer, 1 - n.clip_range, 1 + n.clip_range,
+        math.inf if n.advantage_clip is None else n.advantage_clip, n.beta, SAMPLES=SAMPLES,
+    )  # fmt: skip
+    return outputs
+
+
+def _forward_torch(
+    step: Step, old_log_prob: Tensor, advantages: Tensor, normalizer: Tensor | None
+) -> tuple[Tensor, ...]:
+    n = step.numbers
+    sigma, sigma_next, sigma_max = step.sigmas()
+    assert step.next_sample is not None
     out = reference.flow_grpo_loss(
-        velocity,
-        sample,
-        next_sample,
+        step.velocity,
+        step.sample,
+        step.next_sample,
         old_log_prob,
         advantages,
         sigma,
         sigma_next,
-        kind=kind,
-        noise_level=noise_level,
-        ref_velocity=ref_velocity,
-        beta=beta,
-        kl=kl,
-        log_prob=log_prob,
-        clip_range=clip_range,
-        advantage_clip=advantage_clip,
+        kind=step.kind,
+        noise_level=n.noise_level,
+        ref_velocity=step.ref_velocity,
+        beta=n.beta,
+        kl=step.kl,
+        log_prob=step.log_prob,
+        clip_range=n.clip_range,
+        advantage_clip=n.advantage_clip,
         sigma_max=sigma_max,
-        velocity_uncond=velocity_uncond,
-        guidance_scale=guidance_scale,
-        normalizer=count if normalizer is None else normalizer,
+        velocity_uncond=step.velocity_uncond,
+        guidance_scale=n.guidance_scale,
+        normalizer=n.normalizer if normalizer is None else normalizer,
     )
-    return out.loss, out.per_token, torch.stack(list(out.metrics.values())), out.logprobs
+    # ∂L/∂log π, as autograd has it: at a bound, where both sides are equal, the slope is that of r itself.
+    a = advantages.to(out.loss.dtype)
+    if n.advantage_clip is not None:
+        a = a.clamp(-n.advantage_clip, n.advantage_clip)
+    low, high = 1 - n.clip_range, 1 + n.clip_range
+    log_ratio = out.logprobs - old_log_prob.to(out.loss.dtype)
+    ratio = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+    moves = ((ratio >= low) & (ratio <= high)) | (-a * ratio > -a * ratio.clamp(low, high))
+    slopes = torch.where(moves & (log_ratio.abs() <= MAX_EXPONENT), -a * ratio, 0)
+    count: Any = normalizer if normalizer is not None else n.normalizer
+    divisor = out.loss.new_ones(()) * (max(len(a), 1) if count is None else count)
+    return out.loss, out.per_token, torch.stack(list(out.metrics.values())), out.logprobs, slopes, divisor
 
 
-_forward = torch.library.custom_op("uae_kernels::flow_grpo_loss", _loss, mutates_args=())
+@torch.library.custom_op(
+    "uae_kernels::flow_grpo_loss",
+    mutates_args=(),
+    schema=f"({SCHEMA}, Tensor old_log_prob, Tensor advantages, Tensor? normalizer) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(*inputs):
+    step = Step(*inputs[:INPUTS])
+    return (_forward_triton if step.triton else _forward_torch)(step, *inputs[INPUTS:])
 
 
 @_forward.register_fake
-def _(velocity, velocity_uncond, sample, *options):
-    dtype, rows = compute_dtype(velocity, sample), sample.shape[0]
-    return tuple(sample.new_empty(shape, dtype=dtype) for shape in ((), rows, len(METRICS), rows))
-
-
-@torch.library.custom_op("uae_kernels::flow_grpo_loss_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    grad_per_sample: Tensor,
-    velocity: Tensor,
-    velocity_uncond: Tensor | None,
-    sample: Tensor,
-    next_sample: Tensor,
-    ref_velocity: Tensor | None,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    sigma: Tensor,
-    sigma_next: Tensor,
-    sigma_max: Tensor,
-    normalizer: Tensor | None,
-    packed: Tensor,
-    kind: str,
-    kl: str,
-    log_prob: str,
-    need_velocity: bool,
-    need_uncond: bool,
-    need_sample: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of velocity, velocity_uncond and sample."""
-    constants = (
-        next_sample, ref_velocity, old_log_prob, advantages, sigma, sigma_next, sigma_max, normalizer, packed,
-        kind, kl, log_prob,
-    )  # fmt: skip
-    return pull_back(
-        lambda v, v_uncond, x: _loss(v, v_uncond, x, *constants)[:2],
-        (velocity, velocity_uncond, sample),
-        (need_velocity, need_uncond, need_sample),
-        (grad, grad_per_sample),
-    )
-
-
-@_backward.register_fake
-def _(grad, grad_per_sample, velocity, velocity_uncond, sample, *options):
-    return fake_pull_back((velocity, velocity_uncond, sample), options[-3:], grad)
+def _(*inputs):
+    return _outputs(Step(*inputs[:INPUTS]))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, kind, kl, log_prob = inputs
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*tensors)
-    ctx.options = kind, kl, log_prob
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[4:], *inputs[:TENSORS])
+    ctx.options = inputs[TENSORS:INPUTS]
 
 
 def _autograd(ctx, grad, grad_per_sample, *_):
+    slopes, divisor, *tensors = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    grads = _backward(grad, grad_per_sample, *ctx.saved_tensors, *ctx.options, *needs)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 12
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if grad is not None or grad_per_sample is not None:
+        grads = _backward(None, None, grad_per_sample, grad, slopes, divisor, *tensors, *ctx.options, *needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * INPUTS
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -160,7 +214,8 @@ def flow_grpo_loss(
         kl: "gaussian": mean (μ − μ_ref)²/(2std²), 0 where std is 0; "flow_grpo": the same with s² for std²
             (without −dt, as the released code; for cps they are equal); "velocity": mean (v − v_ref)².
         normalizer: what the sum over samples is divided by, number or 0-d tensor, None = B.
-        impl: "auto" and "torch" run PyTorch; "triton" raises.
+        impl: "auto" is Triton on a GPU and PyTorch elsewhere and for fp64 inputs; "triton" and "torch" ask for
+            one of them.
 
     Returns:
         GRPOLoss: `loss` fp32 (fp64 for fp64 inputs), differentiable in velocity, velocity_uncond and sample;
@@ -170,27 +225,28 @@ def flow_grpo_loss(
 
     Raises:
         ValueError: shapes that do not fit, unknown choices, a deterministic step, beta without ref_velocity.
-        RuntimeError: `impl="triton"`.
+        RuntimeError: `impl="triton"` where it cannot run.
     """
-    check_impl("flow_grpo_loss", impl)
     check_step("flow_grpo_loss", velocity, sample, kind, noise_level, velocity_uncond, log_prob)
     check_loss(sample, next_sample, old_log_prob, advantages, kind, noise_level, ref_velocity, beta, kl)
-    divisor, count = (normalizer, None) if isinstance(normalizer, Tensor) else (None, normalizer)
-    loss, per_sample_loss, metrics, logprobs = _forward(
+    triton = use_triton("flow_grpo_loss", impl, sample, fp64(velocity, sample))
+    noise_level = NOISE_LEVEL[kind] if noise_level is None else noise_level
+    divisor, count = (normalizer.to(sample.device), None) if isinstance(normalizer, Tensor) else (None, normalizer)
+    sigmas, levels = as_arguments(sample, sigma, sigma_next, sigma_next if sigma_max is None else sigma_max)
+    loss, per_sample, metrics, logprobs, _, _ = _forward(
         velocity,
         velocity_uncond,
         sample,
         next_sample,
         ref_velocity,
+        *sigmas,
+        pack(*levels, noise_level, guidance_scale, beta, clip_range, advantage_clip, count),
+        kind,
+        log_prob,
+        kl,
+        triton,
         old_log_prob,
         advantages,
-        per_sample(sigma, sample),
-        per_sample(sigma_next, sample),
-        per_sample(sigma_next if sigma_max is None else sigma_max, sample),
         divisor,
-        pack(noise_level, beta, clip_range, advantage_clip, guidance_scale, count),
-        kind,
-        kl,
-        log_prob,
     )
-    return GRPOLoss(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), per_sample_loss, logprobs)
+    return GRPOLoss(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), per_sample, logprobs)

@@ -4,119 +4,86 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import FlowStep, check_impl, compute_dtype, fake_pull_back, pack, per_sample, pull_back, unpack
+from ._common import FlowStep, compute_dtype, pack
+from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, as_arguments, launch_forward
+from ._triton import fp64, use_triton
 from .reference.flow_step import NOISE_LEVEL, check_noise, check_step, seed_keys
 
 
-def _step(
-    velocity: Tensor,
-    velocity_uncond: Tensor | None,
-    sample: Tensor,
-    next_sample: Tensor | None,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    sigma: Tensor,
-    sigma_next: Tensor,
-    sigma_max: Tensor,
-    packed: Tensor,
-    kind: str,
-    log_prob: str,
-    stochastic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Next sample, log-probability, mean and std; the former two without elements where there is none to
-    compute."""
-    noise_level, guidance_scale = unpack(packed)
-    step = reference.flow_step(
-        velocity,
-        sample,
+def _outputs(step: Step, stochastic: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, *rest = step.sample.shape
+    drawn = [B, *rest] if stochastic and step.next_sample is None else [0]
+    return step.empty(*drawn), step.empty(B if stochastic else 0), step.empty(B, *rest), step.empty(B, *[1] * len(rest))
+
+
+def _forward_triton(step: Step, noise: Tensor | None, seeds: Tensor | None, stochastic: bool) -> tuple[Tensor, ...]:
+    drawn, log_probs, mean, std = outputs = _outputs(step, stochastic)
+    launch_forward(
+        step,
+        noise=noise,
+        seeds=seeds,
+        drawn=drawn if drawn.numel() else None,
+        mean=mean,
+        std=std,
+        log_probs=log_probs if stochastic else None,
+    )
+    return outputs
+
+
+def _forward_torch(step: Step, noise: Tensor | None, seeds: Tensor | None, stochastic: bool) -> tuple[Tensor, ...]:
+    sigma, sigma_next, sigma_max = step.sigmas()
+    taken, log_prob, mean, std = reference.flow_step(
+        step.velocity,
+        step.sample,
         sigma,
         sigma_next,
-        kind=kind,
-        noise_level=noise_level,
+        kind=step.kind,
+        noise_level=step.numbers.noise_level,
         sigma_max=sigma_max,
-        velocity_uncond=velocity_uncond,
-        guidance_scale=guidance_scale,
+        velocity_uncond=step.velocity_uncond,
+        guidance_scale=step.numbers.guidance_scale,
         noise=noise,
-        seed=seed,
-        next_sample=next_sample,
-        log_prob=log_prob,
+        seed=seeds,
+        next_sample=step.next_sample,
+        log_prob=step.log_prob,
     )
-    nothing = step.mean.new_empty(0)
-    return (
-        step.next_sample if stochastic and next_sample is None else nothing,
-        nothing.clone() if step.log_prob is None else step.log_prob,
-        step.mean,
-        step.std,
-    )
+    drawn = taken.contiguous() if stochastic and step.next_sample is None else step.empty(0)
+    return drawn, step.empty(0) if log_prob is None else log_prob, mean.contiguous(), std
 
 
-_forward = torch.library.custom_op("uae_kernels::flow_step", _step, mutates_args=())
+@torch.library.custom_op(
+    "uae_kernels::flow_step",
+    mutates_args=(),
+    schema=f"({SCHEMA}, Tensor? noise, Tensor? seeds, bool stochastic) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(*inputs):
+    """The drawn next sample, log-probability, mean and std; the former two without elements where there is none."""
+    step = Step(*inputs[:INPUTS])
+    return (_forward_triton if step.triton else _forward_torch)(step, *inputs[INPUTS:])
 
 
 @_forward.register_fake
-def _(
-    velocity, velocity_uncond, sample, next_sample, noise, seed, sigma, sigma_next, sigma_max, packed,
-    kind, log_prob, stochastic,
-):  # fmt: skip
-    dtype, rows = compute_dtype(velocity, sample), sample.shape[0]
-    drawn = sample.shape if stochastic and next_sample is None else 0
-    return (
-        sample.new_empty(drawn, dtype=dtype),
-        sample.new_empty(rows if stochastic else 0, dtype=dtype),
-        sample.new_empty(sample.shape, dtype=dtype),
-        sample.new_empty(rows, *[1] * (sample.dim() - 1), dtype=dtype),
-    )
-
-
-@torch.library.custom_op("uae_kernels::flow_step_backward", mutates_args=())
-def _backward(
-    grad_log_prob: Tensor,
-    grad_mean: Tensor,
-    velocity: Tensor,
-    velocity_uncond: Tensor | None,
-    sample: Tensor,
-    next_sample: Tensor | None,
-    sigma: Tensor,
-    sigma_next: Tensor,
-    sigma_max: Tensor,
-    packed: Tensor,
-    kind: str,
-    log_prob: str,
-    stochastic: bool,
-    need_velocity: bool,
-    need_uncond: bool,
-    need_sample: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of velocity, velocity_uncond and sample, from a replay of the step."""
-    step = next_sample, None, None, sigma, sigma_next, sigma_max, packed, kind, log_prob, stochastic
-    return pull_back(
-        lambda v, v_uncond, x: _step(v, v_uncond, x, *step)[1:3],
-        (velocity, velocity_uncond, sample),
-        (need_velocity, need_uncond, need_sample),
-        (grad_log_prob, grad_mean),
-    )
-
-
-@_backward.register_fake
-def _(grad_log_prob, grad_mean, velocity, velocity_uncond, sample, *options):
-    return fake_pull_back((velocity, velocity_uncond, sample), options[-3:], grad_mean)
+def _(*inputs):
+    return _outputs(Step(*inputs[:INPUTS]), inputs[-1])
 
 
 def _setup_context(ctx, inputs, output):
-    velocity, velocity_uncond, sample, next_sample, _, _, *sigmas, packed, kind, log_prob, stochastic = inputs
+    step, stochastic = Step(*inputs[:INPUTS]), inputs[-1]
     ctx.mark_non_differentiable(output[3])
-    ctx.drawn = stochastic and next_sample is None
-    taken = output[0] if ctx.drawn else next_sample
-    ctx.save_for_backward(velocity, velocity_uncond, sample, taken, *sigmas, packed)
-    ctx.options = kind, log_prob, stochastic
+    ctx.set_materialize_grads(False)
+    ctx.drawn = stochastic and step.next_sample is None
+    taken = step._replace(next_sample=output[0]) if ctx.drawn else step
+    ctx.save_for_backward(*taken[:TENSORS])
+    ctx.options = taken[TENSORS:]
 
 
 def _autograd(ctx, grad_next, grad_log_prob, grad_mean, _):
-    if ctx.drawn:  # next_sample = mean + std·noise
-        grad_mean = grad_mean + grad_next
     needs = ctx.needs_input_grad[:3]
-    grads = _backward(grad_log_prob, grad_mean, *ctx.saved_tensors, *ctx.options, *needs)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 10
+    given = grad_mean, grad_next if ctx.drawn else None, grad_log_prob, None, None, None
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if any(g is not None for g in given):
+        grads = _backward(*given, *ctx.saved_tensors, *ctx.options, *needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * INPUTS
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -169,7 +136,8 @@ def flow_step(
             none of them the noise comes from torch's generator.
         log_prob: "gaussian": mean over elements of −(x' − mean)²/(2std²) − log std − log √(2π);
             "cps": −mean (x' − mean)². Where std is 0 (cps to σ' = 0) the former is 0, without gradient.
-        impl: "auto" and "torch" run PyTorch; "triton" raises.
+        impl: "auto" is Triton on a GPU and PyTorch elsewhere and for fp64 inputs; "triton" and "torch" ask for
+            one of them.
 
     Returns:
         FlowStep(next_sample, log_prob, mean, std), fp32 (fp64 for fp64 inputs): next_sample and mean (B,
@@ -180,32 +148,35 @@ def flow_step(
     Raises:
         ValueError: shapes that do not fit, unknown choices, a negative noise_level or integer seed, more
             than one source of noise.
-        RuntimeError: `impl="triton"`.
+        RuntimeError: `impl="triton"` where it cannot run.
     """
-    check_impl("flow_step", impl)
     check_step("flow_step", velocity, sample, kind, noise_level, velocity_uncond, log_prob)
     check_noise(sample, noise, seed, next_sample)
-    noise_level = NOISE_LEVEL[kind] if noise_level is None else noise_level
-    stochastic = kind != "ode" and noise_level != 0
+    triton = use_triton("flow_step", impl, sample, fp64(velocity, sample))
+    if noise_level is None or kind == "ode":
+        noise_level = NOISE_LEVEL[kind]
+    stochastic = noise_level != 0
     keys = None
     if stochastic and next_sample is None and noise is None:
         if seed is None:
             noise = torch.randn(sample.shape, dtype=compute_dtype(velocity, sample), device=sample.device)
         else:
             keys = seed_keys(seed, sample)
+    sigmas, levels = as_arguments(sample, sigma, sigma_next, sigma_next if sigma_max is None else sigma_max)
     drawn, logp, mean, std = _forward(
         velocity,
         velocity_uncond,
         sample,
         next_sample,
-        noise,
-        keys,
-        per_sample(sigma, sample),
-        per_sample(sigma_next, sample),
-        per_sample(sigma_next if sigma_max is None else sigma_max, sample),
-        pack(noise_level, guidance_scale),
+        None,
+        *sigmas,
+        pack(*levels, noise_level, guidance_scale),
         kind,
         log_prob,
+        "gaussian",
+        triton,
+        noise,
+        keys,
         stochastic,
     )
     if next_sample is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from uae_kernels.compat import verl
+from uae_kernels.compat import flow_grpo, verl
 
 CARD = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
 
@@ -17,8 +17,9 @@ def test_imports_no_rival():
 import sys
 import uae_kernels
 assert not [name for name in sys.modules if name.startswith("uae_kernels.compat")]
-from uae_kernels.compat import liger, trl, verl
-print([name for name in ("trl", "liger_kernel", "verl", "transformers", "peft") if name in sys.modules])
+from uae_kernels.compat import flow_grpo, liger, trl, verl
+rivals = "trl", "liger_kernel", "verl", "flow_grpo", "diffusers", "transformers", "peft"
+print([name for name in rivals if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -66,3 +67,12 @@ def test_the_cards_lines_for_verl_run(monkeypatch):
         exec(example, {})
     assert sys.modules["verl.utils.kernel.linear_cross_entropy"].linear_cross_entropy is verl.linear_cross_entropy
     assert registered == {"grpo_uae": verl.compute_grpo_outcome_advantage}
+
+
+def test_the_cards_lines_for_flow_grpo_run():
+    step, loss = examples("flow_grpo")
+    names = {}
+    exec(step, names)
+    assert names["sde_step_with_logprob"] is flow_grpo.sde_step_with_logprob
+    exec(loss.split("\n\n")[0], names)
+    assert names["grpo_loss"] is flow_grpo.grpo_loss

@@ -1,4 +1,4 @@
-"""What the Triton path of the head costs at full size, counted on its launches: products, memory, rows left out."""
+"""What the Triton paths of the head and of a flow policy cost at full size, counted on their launches."""
 
 from unittest import mock
 
@@ -6,7 +6,7 @@ import launches
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from uae_kernels import linear_logprobs
+from uae_kernels import flow_grpo_loss, flow_step, linear_logprobs
 
 H, V = 2048, 151_936
 
@@ -41,20 +41,54 @@ def test_flops(entropy_grad, train, count):
     assert count * rows * H * V <= total <= (count + 0.05) * rows * H * V
 
 
-@pytest.mark.parametrize("rows, megabytes", [(2400, 200), (16_384, 400)])
-def test_peak_memory_at_full_size(rows, megabytes):
-    hidden, weight = head(rows)
-    targets = torch.zeros(rows, dtype=torch.int64)
+def peak_of(call):
+    """Bytes that are allocated at one time on the way to the launches, which are not made."""
     # A launch that were kept would keep its scratch memory alive.
     with (
         launches.recorded(90),
         mock.patch.object(launches, "Launch", lambda *_: None),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
-        linear_logprobs(hidden, weight, targets, impl="triton").sum().backward()
+        kept = call()
     live = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
+    del kept
+    return peak
+
+
+@pytest.mark.parametrize("rows, megabytes", [(2400, 200), (16_384, 400)])
+def test_peak_memory_at_full_size(rows, megabytes):
+    hidden, weight = head(rows)
+    targets = torch.zeros(rows, dtype=torch.int64)
+    peak = peak_of(lambda: linear_logprobs(hidden, weight, targets, impl="triton").sum().backward())
     assert rows * H * 6 < peak <= megabytes * 1e6, peak
+
+
+@pytest.mark.parametrize("samples, side", [(8, 128), (64, 64)])
+def test_one_pass_over_the_latents(samples, side):
+    """Three programs for each of a B200's 148 multiprocessors, and no memory but results and partial sums."""
+    shape = samples, 16, side, side
+    velocity, sample = torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape)
+    leaf, rows, seeds = velocity.clone().requires_grad_(), torch.zeros(samples), torch.arange(samples)
+
+    def step():
+        return flow_step(velocity, sample, 0.8, 0.7, velocity_uncond=velocity, seed=seeds, impl="triton")
+
+    def loss():
+        return flow_grpo_loss(
+            leaf, sample, sample, rows, rows, 0.8, 0.7, ref_velocity=velocity, beta=0.1, impl="triton"
+        ).loss
+
+    with launches.recorded(90) as made:
+        step()
+        loss().backward()
+    names = "forward", "log_prob", "forward", "log_prob", "log_prob", "loss", "backward"
+    assert [launch.name for launch in made] == [f"_{name}_kernel" for name in names]
+    assert all(made[i].programs >= 3 * 148 for i in (0, 2, 6))
+    elements = sample.numel()
+    assert 8 * elements <= peak_of(step) <= 8.26 * elements  # next sample and mean, a partial sum for 16 elements
+    assert peak_of(loss) <= 0.52 * elements
+    assert 2 * elements <= peak_of(lambda: loss().backward()) <= 2.52 * elements

@@ -1,1 +1,1 @@
-"""The calls of other codebases over our ops: `trl`, `liger` and `verl`. No module imports its namesake."""
+"""The calls of other codebases over our ops: `trl`, `liger`, `verl` and `flow_grpo`. No module imports its namesake."""

@@ -71,22 +71,23 @@ def flow_grpo_loss(
             divergence = torch.where(exact, 0, divergence)
         per_token = per_token + beta * divergence
 
-    count = sample.shape[0] if normalizer is None else normalizer
+    samples = max(sample.shape[0], 1)
+    count = samples if normalizer is None else normalizer
     loss = per_token.sum() / (count.to(ratio.dtype) if isinstance(count, Tensor) else count)
     with torch.no_grad():
         values = (
-            divergence.mean(),
-            ratio.mean(),
-            ratio.amax(),
-            ((ratio < 1 - clip_range) & (a < 0)).to(a.dtype).mean(),
-            ((ratio > 1 + clip_range) & (a > 0)).to(a.dtype).mean(),
+            divergence.sum() / samples,
+            ratio.sum() / samples,
+            ratio.amax() if len(ratio) else ratio.sum(),
+            ((ratio < 1 - clip_range) & (a < 0)).to(a.dtype).sum() / samples,
+            ((ratio > 1 + clip_range) & (a > 0)).to(a.dtype).sum() / samples,
         )
     return GRPOLoss(loss, dict(zip(METRICS, values, strict=True)), per_token, logp.detach())
 
 
 def _mean_square(x: Tensor) -> Tensor:
     """(B, ...) -> (B,)."""
-    return row_sum(x.square().flatten(1)) / x[0].numel()
+    return row_sum(x.square().flatten(1)) / x.shape[1:].numel()
 
 
 def check_loss(

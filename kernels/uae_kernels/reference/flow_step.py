@@ -109,7 +109,7 @@ def log_density(x: Tensor, mean: Tensor, std: Tensor, form: str) -> Tensor:
 
     Where std is 0 (a cps step to σ' = 0) there is no density: 0, with no gradient.
     """
-    error = row_sum((x - mean).square().flatten(1)) / mean[0].numel()
+    error = row_sum((x - mean).square().flatten(1)) / x.shape[1:].numel()
     if form == "cps":
         return -error
     std = std.flatten()
@@ -123,7 +123,7 @@ def draw(sample: Tensor, seed: int | Tensor | None) -> Tensor:
     if seed is None:
         return torch.randn(sample.shape, dtype=compute_dtype(sample), device=sample.device)
     keys = seed_keys(seed, sample)
-    return philox_normal(keys, sample[0].numel()).view(sample.shape)
+    return philox_normal(keys, sample.shape[1:].numel()).view(sample.shape)
 
 
 def seed_keys(seed: int | Tensor, sample: Tensor) -> Tensor:

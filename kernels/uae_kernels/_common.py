@@ -107,6 +107,20 @@ def fake_pull_back(inputs: Sequence[Tensor | None], needed: Sequence[bool], like
     )
 
 
+def without_none(values: Sequence[Tensor | None]) -> tuple[list[Tensor], list[bool]]:
+    """The tensors among `values`, and which of these they are.
+
+    A custom op whose list of tensors holds a None gives no gradients, and does not say so.
+    """
+    return [value for value in values if value is not None], [value is not None for value in values]
+
+
+def with_none(tensors: Sequence[Tensor | None], present: Sequence[bool]) -> list[Any]:
+    """The inverse of `without_none`."""
+    given = iter(tensors)
+    return [next(given) if there else None for there in present]
+
+
 def number(value: float, like: Tensor) -> Tensor:
     """A number as a 0-d tensor beside `like`, without a copy from the host."""
     return torch.ones((), dtype=like.dtype, device=like.device) * value

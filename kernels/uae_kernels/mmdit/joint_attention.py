@@ -1,5 +1,6 @@
 """Attention over all tokens of all streams, by the backend of one's choice."""
 
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 BACKENDS = {"sdpa": "torch", "flash-attn": "flash_attn", "xformers": "xformers"}  # the package each needs
 
 
+@cache
 def check_backend(backend: str) -> str:
     """The backend that "auto" stands for, or the one named.
 

@@ -4,30 +4,41 @@ With a constant pooled condition the outputs of all adaLN layers depend on the t
 for a third of SD3.5's weights.
 """
 
-import hashlib
-import logging
+import copy
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-log = logging.getLogger("uae_kernels")
+KNOWN = 8  # pooled tensors remembered
 
 
 def modulation_layers(transformer: Any) -> dict[str, nn.Module]:
     """Each linear layer that turns the timestep's embedding into scales, shifts and gates, in order."""
-    layers = {}
+    return {f"{name}.linear": norm.linear for name, norm in _modulated_norms(transformer)}
+
+
+def _modulated_norms(transformer: Any) -> list[tuple[str, Any]]:
+    norms = []
     for i, block in enumerate(transformer.transformer_blocks):
-        layers[f"transformer_blocks.{i}.norm1.linear"] = block.norm1.linear
-        layers[f"transformer_blocks.{i}.norm1_context.linear"] = block.norm1_context.linear
-    layers["norm_out.linear"] = transformer.norm_out.linear
-    return layers
+        norms += [(f"transformer_blocks.{i}.{name}", getattr(block, name)) for name in ("norm1", "norm1_context")]
+    return [*norms, ("norm_out", transformer.norm_out)]
 
 
-def pooled_hash(pooled: Tensor) -> str:
-    """SHA-256 of a pooled condition (D,): its dtype and its bytes."""
-    raw = pooled.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(f"{pooled.dtype} ".encode() + raw).hexdigest()
+def _places(transformer: Any) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, layer) of each linear layer between the timestep and the modulations."""
+    places = [(norm, "linear", norm.linear) for _, norm in _modulated_norms(transformer)]
+    for parent in transformer.time_text_embed.children():
+        places += [
+            (parent, name, child) for name, child in parent.named_children() if any(True for _ in child.parameters())
+        ]
+    return places
+
+
+def version(tensor: Tensor) -> int | None:
+    """Changes when the tensor's values are written; None where PyTorch does not count (inference mode)."""
+    return None if tensor.is_inference() else tensor._version
 
 
 class ModulationTable:
@@ -35,49 +46,65 @@ class ModulationTable:
 
     Attributes:
         timesteps: (S,) as the transformer gets them.
+        pooled: (D,), the pooled condition.
         values: (S, K), row s all modulations at timesteps[s], one layer's after the other's.
         sizes: how many of the K are each layer's.
-        hash: `pooled_hash` of the pooled condition.
     """
 
     def __init__(self, transformer: Any, timesteps: Tensor, pooled: Tensor):
-        """Computes the table: S rows through the transformer's own layers.
+        """Computes the table: S rows through the transformer's own layers, on their device and in their dtype.
 
         Args:
             transformer: an SD3Transformer2DModel.
-            timesteps: (S,) floats, such as `scheduler.timesteps`.
+            timesteps: (S,) numbers, such as `scheduler.timesteps`.
             pooled: (D,), the pooled condition of every prompt.
 
         Raises:
-            ValueError: shapes that do not fit, or an adapter on a modulation layer.
+            ValueError: shapes that do not fit, an adapter or a quantised layer between timestep and modulations, or an
+                accelerated transformer whose modulation layers another table stands in for.
         """
         if timesteps.dim() != 1 or not len(timesteps) or pooled.dim() != 1:
             raise ValueError(
                 f"ModulationTable: expected timesteps (S,) and pooled (D,), got {tuple(timesteps.shape)} and "
                 f"{tuple(pooled.shape)}"
             )
-        layers = modulation_layers(transformer)
-        if wrapped := [name for name, layer in layers.items() if type(layer) is not nn.Linear]:
-            raise ValueError(f"ModulationTable: an adapter or a quantised layer stands at {wrapped[0]}")
+        places = _places(transformer)
+        for parent, name, layer in places:
+            if type(layer) is _Waiting:
+                raise ValueError(
+                    "ModulationTable: a table stands in for these layers; restore_sd3 the transformer first"
+                )
+            if type(layer) is not nn.Linear:
+                raise ValueError(f"ModulationTable: {type(parent).__name__}.{name} is a {type(layer).__name__}")
+        weight = _weights(places)[0]
+        self.timesteps, self.pooled = timesteps.to(weight.device), pooled.detach().to(weight)
         with torch.no_grad():
-            embedding = nn.functional.silu(transformer.time_text_embed(timesteps, pooled.expand(len(timesteps), -1)))
-            values = [layer(embedding) for layer in layers.values()]
-        self.timesteps = timesteps.clone()
+            given = self.pooled.expand(len(timesteps), -1)
+            embedding = nn.functional.silu(transformer.time_text_embed(self.timesteps, given))
+            values = [layer(embedding) for layer in modulation_layers(transformer).values()]
         self.values = torch.cat(values, 1)
         self.sizes = [value.shape[1] for value in values]
-        self.hash = "" if pooled.is_meta else pooled_hash(pooled)
-        # What tells the pooled tensor last found to be the table's, and the tensor, whose memory stays its own thereby
-        self._known: tuple | None = None
+        self._made_from = [(weakref.ref(weight), version(weight)) for weight in _weights(places)]
+        # What identifies the pooled tensors found to be the table's, and these, so that nothing else takes their memory
+        self._known: dict[tuple, Tensor] = {}
+
+    def was_made_from(self, transformer: Any) -> bool:
+        """Whether these are the transformer's modulations: its own weights, unchanged since."""
+        weights = _weights(_places(transformer))
+        return len(weights) == len(self._made_from) and all(
+            then() is now and count == version(now) for now, (then, count) in zip(weights, self._made_from, strict=True)
+        )
 
     def serves(self, pooled: Tensor) -> bool:
-        """Whether pooled (B, D) is the table's in every row; a tensor is looked at once as long as it is not changed."""
-        key = pooled.data_ptr(), pooled._version, pooled.shape, pooled.stride(), pooled.dtype
-        if self._known is not None and self._known[0] == key:
+        """Whether pooled (B, D) is the table's in every row; a tensor is looked at again when it has changed."""
+        key = pooled.data_ptr(), version(pooled), pooled.shape, pooled.stride(), pooled.dtype
+        if key in self._known and version(pooled) is not None:
             return True
-        one = pooled[:1] if pooled.stride(0) == 0 or (pooled == pooled[:1]).all() else None
-        if one is None or pooled_hash(one[0]) != self.hash:
+        if not torch.equal(pooled.to(self.pooled), self.pooled.expand_as(pooled)):
             return False
-        self._known = key, pooled
+        if len(self._known) == KNOWN:
+            del self._known[next(iter(self._known))]
+        self._known[key] = pooled
         return True
 
     def rows(self, timestep: Tensor) -> list[Tensor]:
@@ -86,27 +113,63 @@ class ModulationTable:
         Raises:
             RuntimeError: a timestep that the table does not have (on a GPU when it synchronises next).
         """
+        if self.values.device != timestep.device:
+            self.timesteps, self.values = self.timesteps.to(timestep.device), self.values.to(timestep.device)
         alike = timestep.stride(0) == 0 or len(timestep) == 1
-        wanted = timestep[:1] if alike else timestep
-        found = wanted[:, None] == self.timesteps
-        if not found.is_meta:
-            torch._assert_async(found.any(1).all(), "ModulationTable: a timestep is not in the table")
+        found = (timestep[:1] if alike else timestep)[:, None] == self.timesteps
+        torch._assert_async(found.any(1).all(), "ModulationTable: a timestep is not in the table")
         rows = self.values.index_select(0, found.int().argmax(1))
         return list(rows.expand(len(timestep), -1).split(self.sizes, 1))
 
 
-class Dropped:
-    """The modulation layers' weights, taken out of a transformer and kept in the host's memory."""
+def _weights(places: list[tuple[nn.Module, str, nn.Module]]) -> list[nn.Parameter]:
+    return [weight for _, _, layer in places for weight in layer.parameters(recurse=False)]
 
-    def __init__(self, transformer: Any):
-        self.layers = modulation_layers(transformer)
-        self.weights = {}
-        for name, layer in self.layers.items():
-            for part in ("weight", "bias"):
-                tensor = getattr(layer, part)
-                self.weights[name, part] = tensor if tensor.is_meta else tensor.data.cpu(), tensor.device
-                setattr(layer, part, None)
 
-    def put_back(self) -> None:
-        for (name, part), (tensor, device) in self.weights.items():
-            setattr(self.layers[name], part, nn.Parameter(tensor.to(device), requires_grad=False))
+class _Waiting(nn.Linear):
+    """A linear layer whose weights stay in the host's memory wherever its module moves; they follow it in dtype."""
+
+    def _apply(self, fn, recurse=True):
+        for weight in self.parameters(recurse=False):
+            weight.data = weight.data.to(fn(weight.data.new_empty(0)).dtype)
+        return self
+
+
+class TableInUse:
+    """A table, and the layers it stands in for, whose weights it keeps in the host's memory meanwhile."""
+
+    def __init__(self, transformer: Any, table: ModulationTable):
+        self.table = table
+        self.places = _places(transformer)
+        self.waiting = list(modulation_layers(transformer).values())
+        for layer in self.waiting:
+            layer.__class__ = _Waiting
+            for weight in layer.parameters(recurse=False):
+                weight.data = weight.data if weight.is_meta else weight.data.cpu()
+        self._note_weights()
+
+    def _note_weights(self) -> None:
+        self.weights = [(weight, version(weight)) for weight in _weights(self.places)]
+
+    def __deepcopy__(self, memo):
+        made = memo[id(self)] = copy.copy(self)
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        made._note_weights()  # a copied tensor counts its changes from 0
+        return made
+
+    def reason_against(self, pooled: Tensor) -> str | None:
+        """Why the table may not serve this call; None if it may."""
+        if any(getattr(parent, name) is not layer for parent, name, layer in self.places):
+            return "an adapter stands at a modulation layer"
+        if any(version(weight) != count for weight, count in self.weights):
+            return "a modulation layer's weights have changed"
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight, _ in self.weights):
+            return "a modulation layer is trained"
+        return None if self.table.serves(pooled) else "the pooled condition is not the table's"
+
+    def put_back(self, device: torch.device) -> None:
+        """The layers compute again, on `device`."""
+        for layer in self.waiting:
+            layer.__class__ = nn.Linear
+        for parent, name, _ in self.places:
+            getattr(parent, name).to(device)

@@ -66,12 +66,13 @@ def check_streams(streams: tuple[Stream, ...]) -> None:
             raise ValueError(f"gated_residual: streams differ: {[tuple(stream.x.shape) for stream in streams]}")
         if len(modulations) > 2 or len(branches) > 2 or not (modulations or branches):
             raise ValueError("gated_residual: a stream takes up to two modulations and up to two branches, and one")
-        rows = x.shape[0], x.shape[2]
-        given = [(f"modulation {i}'s {name}", part, rows) for i, pair in enumerate(modulations)
-                 for name, part in zip(("scale", "shift"), pair, strict=True)]  # fmt: skip
+        whole, rows = tuple(x.shape), (x.shape[0], x.shape[2])
+        given: list[tuple[str, Tensor | None, tuple[int, ...]]] = []
+        for i, (scale, shift) in enumerate(modulations):
+            given += [(f"modulation {i}'s scale", scale, rows), (f"modulation {i}'s shift", shift, rows)]
         for i, (y, gate, bias) in enumerate(branches):
-            given += [(f"branch {i}'s y", y, x.shape), (f"branch {i}'s gate", gate, rows)]
-            given += [] if bias is None else [(f"branch {i}'s bias", bias, rows[1:])]
+            given += [(f"branch {i}'s y", y, whole), (f"branch {i}'s gate", gate, rows)]
+            given += [(f"branch {i}'s bias", bias, rows[1:])]
         for name, part, shape in given:
-            if part.shape != shape:
-                raise ValueError(f"gated_residual: {name} must be {tuple(shape)}, got {tuple(part.shape)}")
+            if part is not None and part.shape != shape:
+                raise ValueError(f"gated_residual: {name} must be {shape}, got {tuple(part.shape)}")

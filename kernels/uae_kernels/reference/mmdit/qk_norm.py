@@ -18,9 +18,7 @@ class Projections(NamedTuple):
     k_weight: Tensor | None = None
 
 
-def qk_norm(
-    *streams: Projections, heads: int, eps: float = 1e-6, impl: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
+def qk_norm(*streams: Projections, heads: int, eps: float = 1e-6, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """See `uae_kernels.mmdit.qk_norm`; differentiable in everything."""
     check_impl("qk_norm", impl)
     check_projections(streams, heads)
@@ -51,6 +49,8 @@ def check_projections(streams: tuple[Projections, ...], heads: int) -> None:
         for name, part in (("q", q), ("k", k), ("v", v)):
             if part.dim() != 3 or part.shape != q.shape or part.shape[0] != batch or part.shape[2] != width:
                 raise ValueError(f"qk_norm: {name} must be (B, N, heads·D) like the others, got {tuple(part.shape)}")
+            if part.dtype != streams[0].q.dtype:
+                raise ValueError(f"qk_norm: q, k and v must have one dtype, got {streams[0].q.dtype} and {part.dtype}")
         if heads < 1 or width % heads:
             raise ValueError(f"qk_norm: a width of {width} does not split into {heads} heads")
         for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):

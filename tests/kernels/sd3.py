@@ -25,6 +25,7 @@ def transformer(kind: str, *, layers: int = 2, full_width: bool = False, **chang
     options = FAMILY[kind] | {"attention_head_dim": 64}
     if not full_width:
         options |= {"num_attention_heads": 3, "attention_head_dim": 16}
+    options |= changes
     options |= {
         "sample_size": 16,
         "patch_size": 2,
@@ -36,7 +37,7 @@ def transformer(kind: str, *, layers: int = 2, full_width: bool = False, **chang
         "out_channels": 4,
         "pos_embed_max_size": 12,
     }
-    model = SD3Transformer2DModel(**(options | changes)).eval()
+    model = SD3Transformer2DModel(**options).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm_" in name and parameter.dim() == 1 and "linear" not in name:

@@ -149,7 +149,11 @@ class TableInUse:
         self._note_weights()
 
     def _note_weights(self) -> None:
-        self.weights = [(weight, version(weight)) for weight in _weights(self.places)]
+        self.weights = [
+            (layer, name, weight, version(weight))
+            for _, _, layer in self.places
+            for name, weight in layer.named_parameters(recurse=False)
+        ]
 
     def __deepcopy__(self, memo):
         made = memo[id(self)] = copy.copy(self)
@@ -161,9 +165,9 @@ class TableInUse:
         """Why the table may not serve this call; None if it may."""
         if any(getattr(parent, name) is not layer for parent, name, layer in self.places):
             return "an adapter stands at a modulation layer"
-        if any(version(weight) != count for weight, count in self.weights):
+        if any(layer._parameters[n] is not weight or version(weight) != v for layer, n, weight, v in self.weights):
             return "a modulation layer's weights have changed"
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight, _ in self.weights):
+        if torch.is_grad_enabled() and any(weight.requires_grad for _, _, weight, _ in self.weights):
             return "a modulation layer is trained"
         return None if self.table.serves(pooled) else "the pooled condition is not the table's"
 

@@ -194,11 +194,10 @@ def _forward(
     for name, given in (
         ("block_controlnet_hidden_states", block_controlnet_hidden_states),
         ("joint_attention_kwargs", joint_attention_kwargs),
-        ("skip_layers", skip_layers),
     ):
         if given:
             raise ValueError(f"accelerate_sd3: {name} is not supported; restore_sd3 the transformer to use it")
-    state, blocks = model._uae, model.transformer_blocks
+    state = model._uae
     _check_hooks(state.passed_by)
     if any(attn.processor is not processor for attn, processor in state.processors):
         raise ValueError("accelerate_sd3: an attention processor was set since; restore_sd3 the transformer to use it")
@@ -206,7 +205,11 @@ def _forward(
     rows = _modulations(model, timestep, pooled_projections, len(hidden_states))
     x, c = model.pos_embed(hidden_states).contiguous(), _context(model, encoder_hidden_states)
 
-    layers = list(zip(blocks, rows[0::2], rows[1::2], strict=False))
+    layers = [
+        (block, rows[2 * i], rows[2 * i + 1])
+        for i, block in enumerate(model.transformer_blocks)
+        if i not in (skip_layers or ())
+    ]
     entries = [_entry(*layer) for layer in layers]
     exits: list[tuple[Pairs, Pairs]] = [*entries[1:], (((rows[-1][0], rows[-1][1]),), ())]
     if model.gradient_checkpointing and torch.is_grad_enabled():

@@ -8,35 +8,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What makes the three models of the family; width by heads of 64 channels
+POOLED, CONTEXT = 48, 40
 FAMILY: dict[str, dict[str, Any]] = {
     "sd3": {"num_attention_heads": 24},
     "medium": {"num_attention_heads": 24, "qk_norm": "rms_norm", "dual_attention_layers": (0,)},
     "large": {"num_attention_heads": 38, "qk_norm": "rms_norm"},
 }
+NARROW = {"num_attention_heads": 3, "attention_head_dim": 16}
+SMALL = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "joint_attention_dim": CONTEXT,
+    "pooled_projection_dim": POOLED,
+    "pos_embed_max_size": 12,
+}
+# SD3.5-large, but for width and depth
+PUBLISHED = {
+    "sample_size": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-POOLED, CONTEXT = 48, 40
 
 
 def transformer(kind: str, *, layers: int = 2, full_width: bool = False, **changes: Any):
     """An SD3 transformer whose every part contributes: norm weights and modulations are not near their defaults."""
     from diffusers import SD3Transformer2DModel
 
-    options = FAMILY[kind] | {"attention_head_dim": 64}
-    if not full_width:
-        options |= {"num_attention_heads": 3, "attention_head_dim": 16}
-    options |= changes
-    options |= {
-        "sample_size": 16,
-        "patch_size": 2,
-        "in_channels": 4,
-        "num_layers": layers,
-        "joint_attention_dim": CONTEXT,
-        "caption_projection_dim": options["num_attention_heads"] * options["attention_head_dim"],
-        "pooled_projection_dim": POOLED,
-        "out_channels": 4,
-        "pos_embed_max_size": 12,
-    }
+    options = (
+        {"attention_head_dim": 64}
+        | SMALL
+        | FAMILY[kind]
+        | ({} if full_width else NARROW)
+        | {"num_layers": layers}
+        | changes
+    )
+    options["caption_projection_dim"] = options["num_attention_heads"] * options["attention_head_dim"]
     model = SD3Transformer2DModel(**options).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -72,6 +72,20 @@ def unpack(packed: Tensor) -> list[Any]:
     return [None if math.isnan(value) else value for value in packed.tolist()]
 
 
+def without_none(values: Sequence[Tensor | None]) -> tuple[list[Tensor], list[bool]]:
+    """The tensors among `values`, and which of these they are.
+
+    A custom op whose list of tensors holds a None gives no gradients, and does not say so.
+    """
+    return [value for value in values if value is not None], [value is not None for value in values]
+
+
+def with_none(tensors: Sequence[Tensor | None], present: Sequence[bool]) -> list[Any]:
+    """The inverse of `without_none`."""
+    given = iter(tensors)
+    return [next(given) if there else None for there in present]
+
+
 def number(value: float, like: Tensor) -> Tensor:
     """A number as a 0-d tensor beside `like`, without a copy from the host."""
     return torch.ones((), dtype=like.dtype, device=like.device) * value

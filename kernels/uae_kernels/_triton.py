@@ -52,7 +52,7 @@ def use_triton(op: str, impl: str, tensor: Tensor, unsupported: str | None = Non
                 'use impl="auto" or impl="torch"'
             )
         return True
-    return impl == "auto" and tensor.is_cuda and launchable(tensor) and not unsupported
+    return impl == "auto" and capability(tensor) > 0 and launchable(tensor) and not unsupported
 
 
 def fp64(*tensors: Tensor | None) -> str | None:

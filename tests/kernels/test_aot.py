@@ -10,7 +10,10 @@ from importlib import import_module
 import pytest
 from launches import CAPABILITIES, MATRIX_CAPABILITIES, SHARED_LIMIT, recorded, variants
 
-OPS = ["advantages", "flow_grpo_loss", "flow_step", "grpo_loss", "linear_logprobs", "token_logprobs"]
+OPS = [
+    "advantages", "flow_grpo_loss", "flow_step", "gated_residual", "grpo_loss", "linear_logprobs", "qk_norm",
+    "token_logprobs",
+]  # fmt: skip
 CASES = [(op, cap) for op in OPS for cap in (MATRIX_CAPABILITIES if op == "linear_logprobs" else CAPABILITIES)]
 
 

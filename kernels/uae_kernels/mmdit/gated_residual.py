@@ -1,0 +1,304 @@
+"""What stands between the products of a diffusion transformer's block: gates, residuals, norms and modulations.
+
+One launch for both streams: a program a token. The row stands in registers from the residual to the last modulation, so
+each tensor is read or written once.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._common import with_none, without_none
+from .._triton import fp64, jit, launch, narrow, tl, use_triton
+from ..reference import mmdit as definitions
+from ..reference.mmdit.gated_residual import Modulated, Stream, check_streams
+
+WARPS = 8, 16  # the second where a stream has two branches: with 8 of them sm_120 runs out of registers
+
+
+@jit()
+def _load(x, at, inside):
+    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit()
+def _normal(h, inside, width, eps):
+    """(h − mean)/√(var + eps) of one row, and 1/√(var + eps)."""
+    centered = tl.where(inside, h - tl.sum(h, 0) / width, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centered * centered, 0) / width + eps)
+    return centered * rstd, rstd
+
+
+@jit("tokens")
+def _forward_row(
+    i, x, y1, gate1, bias1, y2, gate2, bias2, scale1, shift1, scale2, shift2, out, n1, n2, tokens, gate_stride, stride,
+    width, eps, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x' = x + Σ gate·(y + bias), n = LN(x')·(1 + scale) + shift."""
+    j = tl.arange(0, BLOCK)
+    inside, at = j < width, i * width + j
+    sample = (i.to(tl.int32) // tokens).to(tl.int64)  # a division of 64-bit numbers is a call
+    gates, rows = sample * gate_stride + j, sample * stride + j
+    h = _load(x, at, inside)
+    if y1 is not None:
+        y = _load(y1, at, inside)
+        if bias1 is not None:
+            y += _load(bias1, j, inside)
+        h += _load(gate1, gates, inside) * y
+        if y2 is not None:
+            y = _load(y2, at, inside)
+            if bias2 is not None:
+                y += _load(bias2, j, inside)
+            h += _load(gate2, gates, inside) * y
+        rounded = narrow(h, out.dtype.element_ty)
+        tl.store(out + at, rounded, mask=inside)
+        h = rounded.to(tl.float32)
+    if n1 is not None:
+        normal, _ = _normal(h, inside, width, eps)
+        n = normal * (1 + _load(scale1, rows, inside)) + _load(shift1, rows, inside)
+        tl.store(n1 + at, narrow(n, n1.dtype.element_ty), mask=inside)
+        if n2 is not None:
+            n = normal * (1 + _load(scale2, rows, inside)) + _load(shift2, rows, inside)
+            tl.store(n2 + at, narrow(n, n2.dtype.element_ty), mask=inside)
+
+
+@jit("tokens_a", "tokens_b", "rows_a")
+def _gated_residual_kernel(
+    x_a, y1_a, gate1_a, bias1_a, y2_a, gate2_a, bias2_a, scale1_a, shift1_a, scale2_a, shift2_a, out_a, n1_a, n2_a,
+    tokens_a, gate_stride_a, stride_a,
+    x_b, y1_b, gate1_b, bias1_b, y2_b, gate2_b, bias2_b, scale1_b, shift1_b, scale2_b, shift2_b, out_b, n1_b, n2_b,
+    tokens_b, gate_stride_b, stride_b,
+    rows_a, width, eps, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    if i < rows_a:
+        _forward_row(
+            i, x_a, y1_a, gate1_a, bias1_a, y2_a, gate2_a, bias2_a, scale1_a, shift1_a, scale2_a, shift2_a, out_a,
+            n1_a, n2_a, tokens_a, gate_stride_a, stride_a, width, eps, BLOCK,
+        )  # fmt: skip
+    else:
+        if x_b is not None:
+            _forward_row(
+                i - rows_a, x_b, y1_b, gate1_b, bias1_b, y2_b, gate2_b, bias2_b, scale1_b, shift1_b, scale2_b,
+                shift2_b, out_b, n1_b, n2_b, tokens_b, gate_stride_b, stride_b, width, eps, BLOCK,
+            )  # fmt: skip
+
+
+@jit("tokens")
+def _backward_row(
+    i, x, gate1, gate2, scale1, scale2, d_out, d_n1, d_n2, d_x, d_y1, d_y2, tokens, gate_stride, stride, width, eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx = d x' + rstd·(u − mean u − n·mean(u·n)) with u = Σ dn·(1 + scale), dy = gate·dx."""
+    j = tl.arange(0, BLOCK)
+    inside, at = j < width, i * width + j
+    sample = (i.to(tl.int32) // tokens).to(tl.int64)  # a division of 64-bit numbers is a call
+    gates, rows = sample * gate_stride + j, sample * stride + j
+    d = tl.zeros((BLOCK,), tl.float32)
+    if d_out is not None:
+        d = _load(d_out, at, inside)
+    if d_n1 is not None:
+        normal, rstd = _normal(_load(x, at, inside), inside, width, eps)
+        u = _load(d_n1, at, inside) * (1 + _load(scale1, rows, inside))
+        if d_n2 is not None:
+            u += _load(d_n2, at, inside) * (1 + _load(scale2, rows, inside))
+        d += rstd * (u - tl.sum(u, 0) / width - normal * (tl.sum(u * normal, 0) / width))
+    tl.store(d_x + at, narrow(d, d_x.dtype.element_ty), mask=inside)
+    if d_y1 is not None:
+        tl.store(d_y1 + at, narrow(d * _load(gate1, gates, inside), d_y1.dtype.element_ty), mask=inside)
+        if d_y2 is not None:
+            tl.store(d_y2 + at, narrow(d * _load(gate2, gates, inside), d_y2.dtype.element_ty), mask=inside)
+
+
+@jit("tokens_a", "tokens_b", "rows_a")
+def _gated_residual_backward_kernel(
+    x_a, gate1_a, gate2_a, scale1_a, scale2_a, d_out_a, d_n1_a, d_n2_a, d_x_a, d_y1_a, d_y2_a,
+    tokens_a, gate_stride_a, stride_a,
+    x_b, gate1_b, gate2_b, scale1_b, scale2_b, d_out_b, d_n1_b, d_n2_b, d_x_b, d_y1_b, d_y2_b,
+    tokens_b, gate_stride_b, stride_b,
+    rows_a, width, eps, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    if i < rows_a:
+        _backward_row(
+            i, x_a, gate1_a, gate2_a, scale1_a, scale2_a, d_out_a, d_n1_a, d_n2_a, d_x_a, d_y1_a, d_y2_a,
+            tokens_a, gate_stride_a, stride_a, width, eps, BLOCK,
+        )  # fmt: skip
+    else:
+        if x_b is not None:
+            _backward_row(
+                i - rows_a, x_b, gate1_b, gate2_b, scale1_b, scale2_b, d_out_b, d_n1_b, d_n2_b, d_x_b, d_y1_b,
+                d_y2_b, tokens_b, gate_stride_b, stride_b, width, eps, BLOCK,
+            )  # fmt: skip
+
+
+class _Flat(NamedTuple):
+    """A stream as the kernels take it; the custom ops take the tensors of all streams in turn."""
+
+    x: Tensor
+    y1: Tensor | None = None
+    gate1: Tensor | None = None
+    bias1: Tensor | None = None
+    y2: Tensor | None = None
+    gate2: Tensor | None = None
+    bias2: Tensor | None = None
+    scale1: Tensor | None = None
+    shift1: Tensor | None = None
+    scale2: Tensor | None = None
+    shift2: Tensor | None = None
+
+    @property
+    def outputs(self) -> list[bool]:
+        """Whether there is an x', a first normal, a second one."""
+        return [part is not None for part in (self.y1, self.scale1, self.scale2)]
+
+
+def _streams(flat: Sequence[Tensor | None]) -> list[_Flat]:
+    size = len(_Flat._fields)
+    return [_Flat(*flat[start : start + size]) for start in range(0, len(flat), size)]  # type: ignore[arg-type]
+
+
+def _stride(*rows: Tensor | None) -> int:
+    """The one distance between the rows of a stream's gates, or of its scales and shifts."""
+    strides = {row.stride(0) for row in rows if row is not None}
+    return strides.pop() if strides else 0
+
+
+def _run(kernel: Any, streams: list[_Flat], tensors: list[list[Tensor | None]], eps: float) -> None:
+    """Launches `kernel` with its `tensors` of one or two streams."""
+    arguments: list[Any] = []
+    for stream, own in zip(streams, tensors, strict=True):
+        strides = _stride(stream.gate1, stream.gate2), _stride(*stream[7:])
+        arguments += [*own, stream.x.shape[1], *strides]
+    if len(streams) == 1:
+        arguments += [None] * len(tensors[0]) + [1, 0, 0]
+    rows, width = [stream.x.shape[:2].numel() for stream in streams], streams[0].x.shape[2]
+    block = 1 << max(width - 1, 1).bit_length()
+    warps = WARPS[any(stream.y2 is not None for stream in streams)]
+    launch(kernel, (sum(rows),), *arguments, rows[0], width, eps, BLOCK=block, num_warps=warps)
+
+
+@torch.library.custom_op("uae_kernels::gated_residual", mutates_args=())
+def _forward(tensors: Sequence[Tensor], present: Sequence[bool], eps: float) -> list[Tensor]:
+    """Of each stream in turn: x' if it has a branch, then a normal for each modulation."""
+    streams = _streams(with_none(tensors, present))
+    made = [[torch.empty_like(s.x) if wanted else None for wanted in s.outputs] for s in streams]
+    _run(_gated_residual_kernel, streams, [[*s, *own] for s, own in zip(streams, made, strict=True)], eps)
+    return [x for own in made for x in own if x is not None]
+
+
+@_forward.register_fake
+def _(tensors, present, eps):
+    streams = _streams(with_none(tensors, present))
+    return [torch.empty_like(stream.x) for stream in streams for wanted in stream.outputs if wanted]
+
+
+@torch.library.custom_op("uae_kernels::gated_residual_backward", mutates_args=())
+def _backward(flat: Sequence[Tensor | None], grads: Sequence[Tensor | None], eps: float) -> list[Tensor]:
+    """dx, then dy of each branch, of each stream in turn.
+
+    `flat` as in forward but x' for x, and for y any tensor of its dtype; `grads` three of a stream.
+    """
+    streams, tensors, results = _streams(flat), [], []
+    for k, s in enumerate(streams):
+        d_out, d_n1, d_n2 = grads[3 * k : 3 * k + 3]
+        scale1, scale2 = s.scale1, s.scale2
+        if d_n1 is None:
+            scale1, scale2, d_n1, d_n2 = scale2, None, d_n2, None
+        made = [None if like is None else torch.empty_like(s.x, dtype=like.dtype) for like in (s.x, s.y1, s.y2)]
+        tensors.append([s.x, s.gate1, s.gate2, scale1, scale2, d_out, d_n1, d_n2, *made])
+        results += [x for x in made if x is not None]
+    _run(_gated_residual_backward_kernel, streams, tensors, eps)
+    return results
+
+
+@_backward.register_fake
+def _(flat, grads, eps):
+    return [torch.empty_like(s.x, dtype=y.dtype) for s in _streams(flat) for y in (s.x, s.y1, s.y2) if y is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, ctx.present, ctx.eps = inputs
+    results, kept = iter(output), list[Tensor | None]()
+    for stream in _streams(with_none(tensors, ctx.present)):
+        made = [next(results) if wanted else None for wanted in stream.outputs]
+        like = [None if y is None else y.new_empty(0) for y in (stream.y1, stream.y2)]
+        kept += stream._replace(x=stream.x if made[0] is None else made[0], y1=like[0], y2=like[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*kept)
+
+
+def _autograd(ctx, grads):
+    kept = ctx.saved_tensors
+    given = iter(grads)
+    upstream = [next(given) if wanted else None for stream in _streams(kept) for wanted in stream.outputs]
+    results = iter(_backward(kept, [None if g is None else g.contiguous() for g in upstream], ctx.eps))
+    found = list[Tensor | None]()
+    for stream in _streams(kept):
+        d_x, d_y1, d_y2 = (None if x is None else next(results) for x in (stream.x, stream.y1, stream.y2))
+        found += [d_x, d_y1, None, None, d_y2, *[None] * 6]
+    return [grad for grad, there in zip(found, ctx.present, strict=True) if there], None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def gated_residual(*streams: Stream, eps: float = 1e-6, impl: str = "auto") -> list[Modulated]:
+    """Adds gated branches to one or two streams of tokens, normalises them and modulates the normals, in one launch.
+
+    x' = x + Σ_i gate_i·(y_i + bias_i), n_j = LN(x')·(1 + scale_j) + shift_j, LN without weights over the last dimension
+    (adaLN-Zero of arXiv 2212.09748, as the blocks of arXiv 2403.03206 use it).
+
+    Args:
+        streams: Stream(x, modulations, branches): x (B, N, C) floats, up to two (scale, shift), each (B, C), up to two
+            (y (B, N, C), gate (B, C), bias (C,) or None). A second stream has tokens of its own and the same B and C.
+        eps: added to the variance.
+        impl: "auto" is Triton on a GPU and PyTorch elsewhere, for fp64, and where a gate, a bias, a scale or a shift
+            needs a gradient: Triton gives those of x and y alone. "triton" and "torch" ask for one of them.
+
+    Returns:
+        Modulated(x', (n, ...)) for each stream, in its x's dtype; computed in fp32 (fp64 for fp64), rounded once each.
+        x' is x itself where there is no branch.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        RuntimeError: `impl="triton"` where it cannot run.
+    """
+    check_streams(streams)
+    unsupported = fp64(*(stream.x for stream in streams))
+    if torch.is_grad_enabled() and any(row.requires_grad for stream in streams for row in _rows(stream)):
+        unsupported = unsupported or "gradients of gates, biases, scales and shifts"
+    if not use_triton("gated_residual", impl, streams[0].x, unsupported):
+        return definitions.gated_residual(*streams, eps=eps)
+    flat: list[Tensor | None] = []
+    for x, modulations, branches in streams:
+        scales = _aligned([part for pair in modulations for part in pair])
+        gates = _aligned([gate for _, gate, _ in branches])
+        parts = [part for (y, _, bias), gate in zip(branches, gates, strict=True)
+                 for part in (y.contiguous(), gate, None if bias is None else bias.contiguous())]  # fmt: skip
+        flat += _Flat(x.contiguous(), *parts, *[None] * (6 - len(parts)), *scales)
+    results = iter(_forward(*without_none(flat), eps))
+    return [
+        Modulated(next(results) if s.branches else s.x, tuple(next(results) for _ in s.modulations)) for s in streams
+    ]
+
+
+def _rows(stream: Stream) -> list[Tensor]:
+    parts = [part for pair in stream.modulations for part in pair]
+    return parts + [part for _, *pair in stream.branches for part in pair if part is not None]
+
+
+def _aligned(rows: list[Tensor]) -> list[Tensor]:
+    """Rows (B, C) that all lie at one distance, each in one piece."""
+    alike = len({row.stride(0) for row in rows}) == 1 and all(row.stride(1) == 1 for row in rows)
+    return rows if alike else [row.contiguous() for row in rows]
+
+
+def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, impl: str = "auto") -> Tensor:
+    """LN(x)·(1 + scale) + shift of x (B, N, C) with scale and shift (B, C): `gated_residual` without a branch.
+
+    Args, Returns, Raises: as there.
+    """
+    return gated_residual(Stream(x, ((scale, shift),)), eps=eps, impl=impl)[0].normalized[0]

@@ -1,0 +1,394 @@
+"""`accelerate_sd3`: a diffusers SD3 transformer computes by this package's ops, in place and undoably."""
+
+import functools
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _triton
+from ..reference.mmdit.gated_residual import Modulated, Stream
+from ..reference.mmdit.qk_norm import Projections
+from .gated_residual import gated_residual
+from .joint_attention import check_backend, joint_attention
+from .modulation_table import ModulationTable, TableInUse, modulation_layers, version
+from .qk_norm import qk_norm
+
+log = logging.getLogger("uae_kernels")
+
+Rows = tuple[Tensor, ...]  # shifts, scales and gates (B, C) in the order a modulation layer gives them
+Pairs = tuple[tuple[Tensor, Tensor], ...]  # (scale, shift) of each normal that is wanted of a stream
+Branch = tuple[Tensor, Tensor | None]  # (y, bias): y + bias is what a layer gives
+
+# Where a sublayer's shift, scale and gate stand among the rows of norm1 and norm1_context
+ATTENTION, FEED_FORWARD, SECOND_ATTENTION = 0, 3, 6
+NORMS = "norm_q", "norm_k", "norm_added_q", "norm_added_k"
+
+
+class _State:
+    """What an accelerated transformer has beside its modules."""
+
+    def __init__(self, transformer: Any, table: ModulationTable | None, attention: str):
+        self.impl = "auto"  # of the ops
+        self.attention = attention
+        self.table = None if table is None else TableInUse(transformer, table)
+        self.eps = transformer.norm_out.norm.eps
+        self.context: tuple[weakref.ref, tuple, Tensor] | None = None
+        self.processors = [(attn, attn.processor) for b in transformer.transformer_blocks for attn in _attentions(b)]
+        self.passed_by = list(_passed_by(transformer))
+
+
+def accelerate_sd3(
+    transformer: Any, *, fp8: bool = False, modulation_table: ModulationTable | None = None, attention: str = "auto"
+) -> Any:
+    """Makes a diffusers `SD3Transformer2DModel` compute its forward pass by fused ops; `restore_sd3` undoes it.
+
+    The same function of the same inputs up to rounding, with gradients; modules, parameters and their names stay, so
+    that peft adapters, quantised layers, gradient checkpointing, `save_pretrained`, `copy.deepcopy` and
+    `StableDiffusion3Pipeline` work as before. Adapters are added as they are, never merged into the weights.
+
+    Frozen query, key and value projections come to lie one under another in memory and are views of that. Without
+    gradients the embedded context is kept for as long as the same `encoder_hidden_states` comes again unchanged.
+
+    Args:
+        transformer: SD3, SD3.5-medium or SD3.5-large.
+        fp8: must be False.
+        modulation_table: stands in for the modulation layers, whose weights wait in the host's memory meanwhile. A
+            pooled condition that is not the table's, an adapter on one of these layers or a change of their weights
+            brings them back for good, with a warning.
+        attention: "auto", "sdpa", "flash-attn" or "xformers", see `joint_attention`; logged once, at level INFO.
+
+    Returns:
+        The transformer itself.
+
+    Raises:
+        TypeError: another model.
+        ValueError: a transformer accelerated already; a block, a norm, an attention processor, a dropout or a hook that
+            this does not know; a table that is not of this transformer as it is; an unknown backend.
+        RuntimeError: an attention backend that is not installed.
+    """
+    if type(transformer).__name__ != "SD3Transformer2DModel":
+        raise TypeError(f"accelerate_sd3: expected a diffusers SD3Transformer2DModel, got {type(transformer).__name__}")
+    if fp8:
+        raise ValueError("accelerate_sd3: fp8 products are not part of this version; use fp8=False")
+    if "_uae" in vars(transformer):
+        raise ValueError("accelerate_sd3: this transformer is accelerated already; restore_sd3 it first")
+    if "forward" in vars(transformer):
+        raise ValueError(
+            "accelerate_sd3: a hook replaces this transformer's forward; accelerate it before it is offloaded"
+        )
+    backend = check_backend(attention)
+    _check_blocks(transformer)
+    if modulation_table is not None:
+        _check_table(transformer, modulation_table)
+    transformer._uae = _State(transformer, modulation_table, backend)
+    transformer.forward = functools.partial(_forward, transformer)
+    _announce(backend)
+    return transformer
+
+
+@functools.cache
+def _announce(backend: str) -> None:
+    log.info("joint attention of SD3 transformers: %s", backend)
+
+
+def restore_sd3(transformer: Any) -> Any:
+    """Undoes `accelerate_sd3`; the transformer is again as diffusers made it.
+
+    Raises:
+        ValueError: a transformer that is not accelerated, or that a hook was put on since.
+    """
+    if "_uae" not in vars(transformer):
+        raise ValueError("restore_sd3: this transformer is not accelerated")
+    if getattr(vars(transformer).get("forward"), "func", None) is not _forward:
+        raise ValueError("restore_sd3: a hook replaces this transformer's forward; remove it first")
+    if transformer._uae.table is not None:
+        transformer._uae.table.put_back(_device(transformer))
+    del transformer._uae, transformer.forward
+    return transformer
+
+
+def _device(transformer: Any) -> torch.device:
+    return transformer.pos_embed.proj.weight.device
+
+
+def _attentions(block: Any) -> list[Any]:
+    return [attn for attn in (block.attn, block.attn2) if attn is not None]
+
+
+def _passed_by(transformer: Any) -> Iterator[nn.Module]:
+    """The modules whose own forward does not run."""
+    for block in transformer.transformer_blocks:
+        norms = [getattr(attn, name, None) for attn in _attentions(block) for name in NORMS]
+        parts = block, *_attentions(block), *norms, block.norm1, block.norm1_context, block.ff, block.ff_context
+        yield from (part for part in parts if part is not None)
+    yield transformer.norm_out
+
+
+def _check_blocks(transformer: Any) -> None:
+    for i, block in enumerate(transformer.transformer_blocks):
+        where = f"accelerate_sd3: transformer_blocks.{i}"
+        if type(block).__name__ != "JointTransformerBlock":
+            raise ValueError(f"{where} is a {type(block).__name__}, not a JointTransformerBlock")
+        for attn in _attentions(block):
+            if type(attn.processor).__name__ != "JointAttnProcessor2_0":
+                raise ValueError(f"{where} has a {type(attn.processor).__name__}; set a JointAttnProcessor2_0 first")
+            for norm in (getattr(attn, name, None) for name in NORMS):
+                if norm is not None and not (_is_rms_norm(norm) and norm.eps == attn.norm_q.eps):
+                    raise ValueError(f"{where} normalises queries and keys by {norm}; expected RMSNorm with weights")
+        for ff in (block.ff, block.ff_context):
+            if ff is not None and getattr(ff.net[0], "approximate", None) != "tanh":
+                raise ValueError(
+                    f"{where} has a feed-forward network of {type(ff.net[0]).__name__}, not of GELU by tanh"
+                )
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.LayerNorm) and (
+            module.elementwise_affine or module.eps != transformer.norm_out.norm.eps
+        ):
+            raise ValueError(f"accelerate_sd3: {name} is {module}; expected one without weights, of the others' eps")
+        if isinstance(module, nn.Dropout) and module.p and name.startswith("transformer_blocks") and "lora" not in name:
+            raise ValueError(f"accelerate_sd3: {name} drops {module.p:g} of its inputs; expected none")
+    _check_hooks(_passed_by(transformer))
+
+
+def _is_rms_norm(norm: Any) -> bool:
+    return type(norm).__name__ == "RMSNorm" and norm.weight is not None and getattr(norm, "bias", None) is None
+
+
+def _check_hooks(modules: Any) -> None:
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            raise ValueError(
+                f"accelerate_sd3: a hook (sharding, offloading, caching) on a {type(module).__name__} would not run; "
+                "remove it, or restore_sd3 the transformer"
+            )
+
+
+def _check_table(transformer: Any, table: ModulationTable) -> None:
+    layers = modulation_layers(transformer)
+    if wrapped := [name for name, layer in layers.items() if type(layer) is not nn.Linear]:
+        raise ValueError(
+            f"accelerate_sd3: an adapter or a quantised layer stands at {wrapped[0]}; use no modulation_table"
+        )
+    if not table.was_made_from(transformer):
+        raise ValueError(
+            "accelerate_sd3: modulation_table was made from another transformer, or its weights have changed since"
+        )
+
+
+def _forward(
+    model: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    pooled_projections: Tensor,
+    timestep: Tensor,
+    block_controlnet_hidden_states: list | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+    return_dict: bool = True,
+    skip_layers: list[int] | None = None,
+) -> Any:
+    """SD3Transformer2DModel.forward: (B, C, H, W) latents to (B, C, H, W) velocities."""
+    for name, given in (
+        ("block_controlnet_hidden_states", block_controlnet_hidden_states),
+        ("joint_attention_kwargs", joint_attention_kwargs),
+    ):
+        if given:
+            raise ValueError(f"accelerate_sd3: {name} is not supported; restore_sd3 the transformer to use it")
+    state = model._uae
+    _check_hooks(state.passed_by)
+    if any(attn.processor is not processor for attn, processor in state.processors):
+        raise ValueError("accelerate_sd3: an attention processor was set since; restore_sd3 the transformer to use it")
+    height, width = (size // model.config.patch_size for size in hidden_states.shape[-2:])
+    rows = _modulations(model, timestep, pooled_projections, len(hidden_states))
+    x, c = model.pos_embed(hidden_states).contiguous(), _context(model, encoder_hidden_states)
+
+    layers = [
+        (block, rows[2 * i], rows[2 * i + 1])
+        for i, block in enumerate(model.transformer_blocks)
+        if i not in (skip_layers or ())
+    ]
+    entries = [_entry(*layer) for layer in layers]
+    exits: list[tuple[Pairs, Pairs]] = [*entries[1:], (((rows[-1][0], rows[-1][1]),), ())]
+    if model.gradient_checkpointing and torch.is_grad_enabled():
+        for layer in layers:
+            x, c = model._gradient_checkpointing_func(functools.partial(_lone_block, state, *layer), x, c)
+        (image,) = _join(state, Stream(x, exits[-1][0]))
+    else:
+        image, *text = _join(state, Stream(x, entries[0][0]), Stream(c, entries[0][1]))
+        for layer, pairs in zip(layers, exits, strict=True):
+            image, *text = _block(state, *layer, image, text[0], *pairs)
+
+    out = model.proj_out(image.normalized[0]).unflatten(-1, (model.config.patch_size,) * 2 + (model.out_channels,))
+    out = out.unflatten(1, (height, width)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    if not return_dict:
+        return (out,)
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=out)
+
+
+def _modulations(model: Any, timestep: Tensor, pooled: Tensor, batch: int) -> list[Rows]:
+    """Of each modulation layer in order its shifts, scales and gates (B, C)."""
+    state = model._uae
+    if state.table is not None and (reason := state.table.reason_against(pooled)):
+        log.warning("accelerate_sd3: %s; from now on the modulations are computed", reason)
+        state.table.put_back(_device(model))
+        state.table = None
+    if state.table is not None:
+        values = state.table.table.rows(timestep)
+    else:
+        embedding = nn.functional.silu(model.time_text_embed(timestep, pooled))
+        values = [layer(embedding) for layer in modulation_layers(model).values()]
+    return [value.expand(batch, -1).split(model.inner_dim, 1) for value in values]
+
+
+def _context(model: Any, given: Tensor) -> Tensor:
+    """The embedded context; without gradients, once for as long as the same tensor comes."""
+    state, layer = model._uae, model.context_embedder
+    # What a CUDA graph replays must be computed within it
+    captured = given.is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.is_grad_enabled() or captured or not _is_plain(layer) or version(given) is None:
+        state.context = None
+        return layer(given)
+    weights = layer.weight.data_ptr(), version(layer.weight), version(layer.bias)
+    key = version(given), weights, torch.is_autocast_enabled()
+    if state.context is None or state.context[0]() is not given or state.context[1] != key:
+        state.context = weakref.ref(given), key, layer(given)
+    return state.context[2]
+
+
+def _join(state: _State, *streams: Stream) -> list[Modulated]:
+    return gated_residual(*streams, eps=state.eps, impl=state.impl)
+
+
+def _entry(block: Any, rows: Rows, context_rows: Rows) -> tuple[Pairs, Pairs]:
+    """The modulations of the image's and of the text's tokens before a block's attention."""
+    pairs: Pairs = (_pair(rows, ATTENTION),)
+    if block.use_dual_attention:
+        pairs += (_pair(rows, SECOND_ATTENTION),)
+    # The last block's norm1_context gives scale and shift, as norm_out does
+    return pairs, ((context_rows[0], context_rows[1]) if block.context_pre_only else _pair(context_rows, ATTENTION),)
+
+
+def _pair(rows: Rows, sublayer: int) -> tuple[Tensor, Tensor]:
+    return rows[sublayer + 1], rows[sublayer]
+
+
+def _lone_block(
+    state: _State, block: Any, rows: Rows, context_rows: Rows, x: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """A block from residual streams to residual streams, as gradient checkpointing keeps them."""
+    pairs, context_pairs = _entry(block, rows, context_rows)
+    image, text = _join(state, Stream(x, pairs), Stream(c, context_pairs))
+    image, *rest = _block(state, block, rows, context_rows, image, text, (), ())
+    return image.x, rest[0].x if rest else None
+
+
+def _block(
+    state: _State, block: Any, rows: Rows, context_rows: Rows, image: Modulated, text: Modulated,
+    pairs: Pairs, context_pairs: Pairs,
+) -> list[Modulated]:  # fmt: skip
+    """A block, from its normalised inputs to the next one's, modulated by `pairs` and `context_pairs`.
+
+    Of the image's and, but in the last block, of the text's tokens.
+    """
+    first, second, context = _attend(state, block, image.normalized, text.normalized[0])
+    branches = [_gated(first, rows, ATTENTION)] + ([] if second is None else [_gated(second, rows, SECOND_ATTENTION)])
+    streams = [Stream(image.x, (_pair(rows, FEED_FORWARD),), tuple(branches))]
+    if context is not None:
+        branches = [_gated(context, context_rows, ATTENTION)]
+        streams.append(Stream(text.x, (_pair(context_rows, FEED_FORWARD),), tuple(branches)))
+    image, *rest = _join(state, *streams)
+    y = _feed_forward(block.ff, image.normalized[0])
+    streams = [Stream(image.x, pairs, (_gated((y, None), rows, FEED_FORWARD),))]
+    for text in rest:
+        y = _feed_forward(block.ff_context, text.normalized[0])
+        streams.append(Stream(text.x, context_pairs, (_gated((y, None), context_rows, FEED_FORWARD),)))
+    return _join(state, *streams)
+
+
+def _gated(branch: Branch, rows: Rows, sublayer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    return branch[0], rows[sublayer + 2], branch[1]
+
+
+def _attend(
+    state: _State, block: Any, image: tuple[Tensor, ...], text: Tensor
+) -> tuple[Branch, Branch | None, Branch | None]:
+    """What the joint attention gives the image's tokens, the second attention, and the joint one the text's."""
+    attn, tokens = block.attn, image[0].shape[1]
+    added = _project((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), text)
+    streams = (
+        Projections(*_project((attn.to_q, attn.to_k, attn.to_v), image[0]), *_weights(attn.norm_q, attn.norm_k)),
+        Projections(*added, *_weights(attn.norm_added_q, attn.norm_added_k)),
+    )
+    out = _attention(state, attn, *streams)
+    branch = _project_out(attn.to_out[0], out[:, :tokens])
+    context = None if block.context_pre_only else _project_out(attn.to_add_out, out[:, tokens:])
+    if not block.use_dual_attention:
+        return branch, None, context
+    attn = block.attn2
+    parts = _project((attn.to_q, attn.to_k, attn.to_v), image[1])
+    out = _attention(state, attn, Projections(*parts, *_weights(attn.norm_q, attn.norm_k)))
+    return branch, _project_out(attn.to_out[0], out), context
+
+
+def _attention(state: _State, attn: Any, *streams: Projections) -> Tensor:
+    eps = 1e-6 if attn.norm_q is None else attn.norm_q.eps
+    q, k, v = qk_norm(*streams, heads=attn.heads, eps=eps, impl=state.impl)
+    return joint_attention(q, k, v, backend=state.attention)
+
+
+def _weights(*norms: Any) -> list[Tensor | None]:
+    return [None if norm is None else norm.weight for norm in norms]
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether this is a linear layer without an adapter, quantisation, sharding or hook, and not trained now."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and not (layer.weight.requires_grad and torch.is_grad_enabled())
+        and layer.bias is not None
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+    )
+
+
+def _project(layers: tuple[Any, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """The layers' outputs for x (B, N, C): one product of their weights together, or one of each."""
+    if not all(_is_plain(layer) for layer in layers):
+        return tuple(layer(x) for layer in layers)
+    weight, bias = _together([layer.weight for layer in layers]), _together([layer.bias for layer in layers])
+    return nn.functional.linear(x, weight, bias).chunk(len(layers), -1)
+
+
+def _together(parameters: list[nn.Parameter]) -> Tensor:
+    """Parameters of one shape one under another, of which they are made views: no memory is taken twice."""
+    first, size = parameters[0], parameters[0].numel()
+    start, place = first.storage_offset(), first.untyped_storage().data_ptr()
+    if any(
+        p.storage_offset() != start + i * size or p.untyped_storage().data_ptr() != place or not p.is_contiguous()
+        for i, p in enumerate(parameters)
+    ):
+        for p, part in zip(parameters, torch.cat([p.detach() for p in parameters]).chunk(len(parameters)), strict=True):
+            p.data = part
+    return first.detach().as_strided((len(parameters) * first.shape[0], *first.shape[1:]), first.stride())
+
+
+def _project_out(layer: Any, x: Tensor) -> Branch:
+    """(y, bias) with y + bias = layer(x): rows (B, N, C) that lie apart are multiplied where they are."""
+    if x.is_contiguous() or not _is_plain(layer):
+        return layer(x.contiguous()), None
+    return torch.bmm(x, layer.weight.t().expand(len(x), -1, -1)), layer.bias
+
+
+def _feed_forward(ff: Any, x: Tensor) -> Tensor:
+    up, down = ff.net[0].proj, ff.net[2]
+    # GELU in the product's epilogue; on sm_120 it is slower than apart (measured in sglang PR 28166)
+    epilogue = 0 < _triton.capability(x) < 120 and not torch.is_autocast_enabled()
+    if epilogue and _is_plain(up) and not (torch.is_grad_enabled() and x.requires_grad):
+        h = torch.ops.aten._addmm_activation(up.bias, x.flatten(0, 1), up.weight.t(), use_gelu=True)
+        return down(h.unflatten(0, x.shape[:2]))
+    return down(nn.functional.gelu(up(x), approximate="tanh"))

@@ -125,3 +125,16 @@ def test_the_reader_stays_when_the_policy_moves():
         assert all(parameter.requires_grad for parameter in parameters), mode
         encoder.freeze_reader()
         assert torch.equal(encoder.read(["a red circle"])[0], encoder.read(["a red circle"], "policy")[0]), mode
+
+
+def test_a_bucket_is_the_smallest_that_holds_the_template_and_the_caption(encoder):
+    captions = ["a", "a red circle top-left on white", "a red circle " * 30, "a blue square"]
+    _, mask = encoder.read(captions)
+    assert encoder.buckets == () and encoder.buckets_of(captions) == [28] * 4
+    try:
+        encoder.buckets = (8, 12)
+        found = encoder.buckets_of(captions)
+    finally:
+        encoder.buckets = ()
+    assert mask.sum(1).tolist() == [6, 11, 28, 8]
+    assert found == [8, 12, 28, 8]

@@ -16,7 +16,7 @@ from ..logging import ProgressLine
 from ..models import Models
 from ..models.loading import models_folder
 from ..rollout.captions import sample_captions
-from ..rollout.renders import render, render_guidance
+from ..rollout.renders import draw
 from ..seeds import derive_seed
 from ..tiny.classifier import Classifier
 from ..tiny.scenes import caption_scores, read_scene
@@ -80,14 +80,11 @@ class Evaluator:
             for start in range(0, self.count, config.render.batch):
                 examples = [self.data[i] for i in range(start, min(start + config.render.batch, self.count))]
                 captions = write(examples)
-                images = render(
-                    models.decoder,
-                    models.condition([caption for caption, _ in captions]),
+                images = draw(
+                    config,
+                    models,
+                    [caption for caption, _ in captions],
                     [derive_seed(config.seed, "heldout", "noise", example.id) for example in examples],
-                    resolution=config.data.resolution,
-                    steps=config.render.steps,
-                    batch=config.render.batch,
-                    guidance=render_guidance(config, models),
                 )
                 rewards = models.reward(images, models.reward.embed_sources([e.image for e in examples])).tolist()
                 accuracies = self._accuracies(images, examples)

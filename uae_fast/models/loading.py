@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,7 +52,10 @@ def load_models(config: Config) -> Models:
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     models = Models(
         load_encoder(
-            folder / "encoder", caption_prompt=config.caption.prompt, condition_length=config.condition.length
+            folder / "encoder",
+            caption_prompt=config.caption.prompt,
+            condition_length=config.condition.length,
+            buckets=config.condition.buckets,
         ),
         load_projector(folder),
         load_decoder(folder / "decoder"),
@@ -63,7 +67,24 @@ def load_models(config: Config) -> Models:
         torch.manual_seed(derive_seed(config.seed, "lora"))
         models.encoder.prepare_training(settings.encoder, settings.lora_rank, settings.lora_alpha)
         models.decoder.prepare_training(settings.decoder, settings.lora_rank, settings.lora_alpha)
-    return models.to(device)
+    models.to(device)
+    if config.same_sampler.accelerate:
+        accelerate_decoder(models.decoder, config)
+    return models
+
+
+def accelerate_decoder(decoder: Decoder, config: Config) -> None:
+    """Puts the fused ops into a decoder that has its place, its adapter and its weights.
+
+    Raises:
+        ConfigError: the ops do not know the transformer, or the attention backend is not installed.
+    """
+    try:
+        decoder.accelerate(config.same_sampler.attention, (config.render.steps, config.stage1.sampler_steps))
+    except RuntimeError as error:
+        raise ConfigError([f"same_sampler.attention: {error}"]) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"same_sampler.accelerate: {error}; false leaves it to diffusers"]) from None
 
 
 def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
@@ -73,7 +94,7 @@ def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
     encoder.image_processor.save_pretrained(folder)
 
 
-def load_encoder(folder: Path, *, caption_prompt: str, condition_length: int) -> Encoder:
+def load_encoder(folder: Path, *, caption_prompt: str, condition_length: int, buckets: Sequence[int] = ()) -> Encoder:
     """An encoder in fp32 from a folder with model, tokenizer and image processor."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -84,6 +105,7 @@ def load_encoder(folder: Path, *, caption_prompt: str, condition_length: int) ->
         Qwen2VLImageProcessorPil.from_pretrained(folder),
         caption_prompt=caption_prompt,
         condition_length=condition_length,
+        buckets=buckets,
     )
 
 

@@ -14,7 +14,7 @@ from ..data import Example
 from ..models import Models
 from ..models.encoder import Prompt
 from ..rollout.captions import Captions, sample_captions
-from ..rollout.renders import render, render_guidance
+from ..rollout.renders import draw
 from ..seeds import derive_seed
 from . import Metrics, policy_metrics, reward_metrics
 
@@ -63,15 +63,7 @@ class GenerationForUnderstanding:
         )
         # All captions of an image start from one noise: what is left of the reward's spread is the captions' own.
         noise = [derive_seed(config.seed, self.name, "noise", step, e.id) for e in examples for _ in range(size)]
-        drawn = render(
-            models.decoder,
-            models.condition(captions.texts),
-            noise,
-            resolution=config.data.resolution,
-            steps=config.render.steps,
-            batch=config.render.batch,
-            guidance=render_guidance(config, models),
-        )
+        drawn = draw(config, models, captions.texts, noise)
         rewards = models.reward(drawn, models.reward.embed_sources(images).repeat_interleave(size, 0))
         lengths = captions.mask.sum(1).float()
         rollout = CaptionRollout(

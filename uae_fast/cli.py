@@ -258,14 +258,16 @@ def sampler_line(config: Config) -> str:
     """How images will be drawn: what computes them, and what makes them another sampler's."""
     from uae_kernels.mmdit.joint_attention import check_backend
 
-    from .config import ConfigError
+    from .config import ConfigError, cheaper
 
     sampler = config.same_sampler
     try:
         attention = check_backend(sampler.attention)
     except RuntimeError as error:
         raise ConfigError([f"same_sampler.attention: {error}"]) from None
-    return f"decoder: accelerated, attention by {attention}" if sampler.accelerate else "decoder: by diffusers"
+    line = f"decoder: accelerated, attention by {attention}" if sampler.accelerate else "decoder: by diffusers"
+    changed = ", ".join(f"{key} {value}" for key, value in cheaper(config).items())
+    return f"{line}; cheaper sampler: {changed}" if changed else line
 
 
 def open_models(arguments: argparse.Namespace) -> tuple[Config, Models]:

@@ -95,6 +95,14 @@ class SameSamplerConfig:
 
 
 @dataclass
+class CheaperSamplerConfig:
+    """Other images for less: another reward, named in metrics.jsonl and summary.json."""
+
+    vae: Literal["full", "tiny"] = "full"
+    """tiny: an AutoencoderTiny in decoder/vae_tiny turns latents into images."""
+
+
+@dataclass
 class OptimizerConfig:
     """The optimiser of every stage."""
 
@@ -226,6 +234,7 @@ class Config:
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     render: RenderConfig = field(default_factory=RenderConfig)
     same_sampler: SameSamplerConfig = field(default_factory=SameSamplerConfig)
+    cheaper_sampler: CheaperSamplerConfig = field(default_factory=CheaperSamplerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     stage0: Stage0Config = field(default_factory=Stage0Config)
     stage1: Stage1Config = field(default_factory=Stage1Config)
@@ -233,6 +242,16 @@ class Config:
     stage3: Stage3Config = field(default_factory=Stage3Config)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def cheaper(config: Config) -> dict[str, str]:
+    """The settings that make the sampler a cheaper one, key and value; none where it is the full one."""
+    default = CheaperSamplerConfig()
+    return {
+        item.name: str(getattr(config.cheaper_sampler, item.name))
+        for item in fields(default)
+        if getattr(config.cheaper_sampler, item.name) != getattr(default, item.name)
+    }
 
 
 def leaves(cls: type = Config, prefix: str = "") -> dict[str, Any]:

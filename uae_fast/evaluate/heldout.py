@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import Config
+from ..config import Config, cheaper
 from ..data import Example, ImageFolder
 from ..logging import ProgressLine
 from ..models import Models
@@ -52,6 +52,8 @@ class Evaluator:
         """Writes `summary.json` from what the moments left, and returns it."""
         rows = {moment: self.scores(moment) for moment in ("ceiling", *MOMENTS)}
         summary: dict = {"seed": self.config.seed, "minutes": round(minutes, 2), "ceiling": None}
+        if cheaper(self.config):
+            summary["cheaper_sampler"] = cheaper(self.config)
         if rows["ceiling"]:
             summary["ceiling"] = {key: _mean(rows["ceiling"], key) for key in ("reward", "accuracy")}
         previous: list[dict] = []

@@ -33,16 +33,19 @@ class Decoder(nn.Module):
         vae: an `AutoencoderKL` with `scaling_factor` and `shift_factor`.
         scheduler: a `FlowMatchEulerDiscreteScheduler`, the source of the σ table.
         pooled: (D,) the pooled text condition, one constant for every prompt (METHOD §1).
+        vae_tiny: an `AutoencoderTiny` that turns latents into images in the VAE's stead (a cheaper sampler).
     """
 
     pooled: Tensor
     transformer: Any
     vae: Any
+    vae_tiny: Any
 
-    def __init__(self, transformer, vae, scheduler, pooled: Tensor):
+    def __init__(self, transformer, vae, scheduler, pooled: Tensor, vae_tiny=None):
         super().__init__()
         self.transformer = transformer
         self.vae = vae
+        self.vae_tiny = vae_tiny
         self.scheduler = scheduler
         self.register_buffer("pooled", pooled.to(transformer.dtype))
         self.has_adapter = False
@@ -52,7 +55,8 @@ class Decoder(nn.Module):
         self._tabulated: list[Tensor] = []  # the schedules that have a table
         self._table: Any = None  # a ModulationTable
         self._uses_table = self._modulations_train = False
-        vae.to(memory_format=torch.channels_last)
+        for part in filter(None, (vae, vae_tiny)):
+            part.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
 
     @property
@@ -213,8 +217,8 @@ class Decoder(nn.Module):
         return (mean.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), fp32 in [0, 1], of latents (B, C, h, w)."""
-        vae = self.vae
+        """Images (B, 3, H, W), fp32 in [0, 1], of latents (B, C, h, w), by `vae_tiny` where there is one."""
+        vae = self.vae if self.vae_tiny is None else self.vae_tiny
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         latents = latents.to(vae.dtype, memory_format=torch.channels_last)
         return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)

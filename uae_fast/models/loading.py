@@ -20,6 +20,7 @@ from .reward import Reward
 
 TINY = Path(__file__).parent.parent / "tiny" / "weights"
 MAX_SHARD = "2MB"
+VAE_TINY = "decoder/vae_tiny"
 
 
 def models_folder(config: Config) -> Path:
@@ -39,6 +40,8 @@ def models_folder(config: Config) -> Path:
     ):
         if not (folder / part).exists():
             raise ConfigError([f'models.path: {folder} has no {part}; "tiny" names the weights in the package'])
+    if config.cheaper_sampler.vae == "tiny" and not (folder / VAE_TINY).exists():
+        raise ConfigError([f"cheaper_sampler.vae: {folder} has no {VAE_TINY}, an AutoencoderTiny; choose full"])
     return folder
 
 
@@ -58,7 +61,7 @@ def load_models(config: Config) -> Models:
             buckets=config.condition.buckets,
         ),
         load_projector(folder),
-        load_decoder(folder / "decoder"),
+        load_decoder(folder / "decoder", tiny=config.cheaper_sampler.vae == "tiny"),
         load_reward(folder / "reward"),
         reader="reader" if config.condition.adapter == "frozen" else "policy",
     )
@@ -133,16 +136,31 @@ def load_projector(folder: Path) -> Projector:
     return projector.requires_grad_(False)
 
 
-def load_decoder(folder: Path) -> Decoder:
-    """A decoder in fp32 from a folder with transformer, vae, scheduler and pooled.safetensors."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+def load_decoder(folder: Path, *, tiny: bool = False) -> Decoder:
+    """A decoder in fp32 from a folder with transformer, vae, scheduler and pooled.safetensors.
 
-    return Decoder(
+    Args:
+        tiny: vae_tiny turns latents into images.
+
+    Raises:
+        ConfigError: vae_tiny has other latents than vae.
+    """
+    from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    decoder = Decoder(
         SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32),
         AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
         FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         load_file(folder / "pooled.safetensors")["pooled"].float(),
+        AutoencoderTiny.from_pretrained(folder / "vae_tiny", torch_dtype=torch.float32) if tiny else None,
     )
+    if tiny:
+        full, small = decoder.vae.config, decoder.vae_tiny.config
+        sizes = [(c.latent_channels, len(c.block_out_channels)) for c in (full, small)]
+        if sizes[0] != sizes[1] or small.upsampling_scaling_factor != 2:
+            problem = f"cheaper_sampler.vae: {folder / 'vae_tiny'} has other latents than {folder / 'vae'}"
+            raise ConfigError([f"{problem}: (channels, levels) are {sizes[1]}, not {sizes[0]}"])
+    return decoder
 
 
 def load_reward(folder: Path) -> Reward:

@@ -16,7 +16,7 @@ from ..models import Models
 from ..models.encoder import Prompt
 from ..rollout.renders import Guidance, initial_noise, ode_path
 from ..seeds import derive_seed
-from . import Metrics
+from . import Metrics, sampler_metrics
 
 
 @dataclass
@@ -65,6 +65,7 @@ class ColdStart:
             source=models.reward.embed_sources(images),
             noise=initial_noise(seeds, shape, models.decoder.device),
             prompt=models.encoder.prompt(images) if self.settings.context == "image" else None,
+            metrics=sampler_metrics(self.config),
         )
 
     def loss(self, rollout: Answers, rows: slice) -> tuple[Tensor, Metrics]:

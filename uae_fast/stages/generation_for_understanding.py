@@ -16,7 +16,7 @@ from ..models.encoder import Prompt
 from ..rollout.captions import Captions, sample_captions
 from ..rollout.renders import draw
 from ..seeds import derive_seed
-from . import Metrics, policy_metrics, reward_metrics
+from . import Metrics, policy_metrics, reward_metrics, sampler_metrics
 
 
 @dataclass
@@ -72,7 +72,11 @@ class GenerationForUnderstanding:
             advantages=group_advantages(rewards, size, scale=settings.scale_advantages),
             old_logprobs=torch.empty(captions.ids.shape, device=rewards.device),
             ref_logprobs=torch.empty(captions.ids.shape, device=rewards.device) if settings.beta else None,
-            metrics={**reward_metrics(rewards, size), "completions/mean_length": lengths.mean()},
+            metrics={
+                **reward_metrics(rewards, size),
+                **sampler_metrics(config),
+                "completions/mean_length": lengths.mean(),
+            },
         )
         # Scored in the update's micro-batches, by the update's own code: its first ratio is exactly 1.
         for start in range(0, len(rollout), settings.micro_batch):

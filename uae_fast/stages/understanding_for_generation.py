@@ -15,7 +15,7 @@ from ..models import Models
 from ..rollout.captions import sample_captions
 from ..rollout.renders import Guidance, Trajectory, sde_window
 from ..seeds import derive_seed
-from . import Metrics, policy_metrics, reward_metrics
+from . import Metrics, policy_metrics, reward_metrics, sampler_metrics
 
 
 @dataclass
@@ -88,6 +88,7 @@ class UnderstandingForGeneration:
             ref_velocity=torch.empty_like(trajectory.latents) if settings.beta else None,
             metrics={
                 **reward_metrics(rewards, size),
+                **sampler_metrics(config),
                 "completions/mean_length": captions.mask.sum(1).float().mean(),
                 "clip_range_nats": torch.tensor(settings.clip_range * trajectory.latents[0].numel()),
             },

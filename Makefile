@@ -45,7 +45,7 @@ demo: $(STAMP) data/tiny/train/captions.jsonl data/tiny/heldout/captions.jsonl
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(PARALLEL)
 	@echo "kernels, interpreted:"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels tests/compat
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels tests/compat tests/trainer/test_triton_ratio.py
 
 gpu-check: $(STAMP)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu-check runs the kernels on a GPU; PyTorch finds none here"; exit 1; }

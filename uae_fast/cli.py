@@ -110,6 +110,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     from .guards import Interrupted, RunFailed
     from .trainer import train
 
+    print(sampler_line(config), flush=True)
     try:
         folder = train(config, resume=arguments.resume or bool(arguments.force_resume), force=arguments.force_resume)
     except Interrupted as stopped:
@@ -144,6 +145,7 @@ def run_check(arguments: argparse.Namespace) -> int:
         table.add_row(*map(str, row))
     show(table)
     show(f"renders: {config.render.steps} steps at {config.data.resolution}², {config.render.batch} at once")
+    show(sampler_line(config))
     for key in ("train", "heldout"):
         folder = Path(getattr(config.data, key))
         if not folder.is_dir():
@@ -191,10 +193,12 @@ def run_caption(arguments: argparse.Namespace) -> int:
 def run_reconstruct(arguments: argparse.Namespace) -> int:
     from .config import printable
     from .evaluate.heldout import to_image
+    from .rollout.renders import draw
+    from .seeds import derive_seed
 
     config, models = open_models(arguments)
     paths, images, captions = caption_images(arguments, config, models)
-    drawn = draw(captions, [arguments.seed] * len(captions), config, models)
+    drawn = draw(config, models, captions, [derive_seed(arguments.seed, "draw")] * len(captions))
     rewards = models.reward(drawn, models.reward.embed_sources(images)).tolist()
     rows = list(zip(images, map(to_image, drawn), captions, rewards, strict=True))
     side_by_side(rows).save(arguments.out)
@@ -206,9 +210,12 @@ def run_reconstruct(arguments: argparse.Namespace) -> int:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     from .evaluate.heldout import to_image
+    from .rollout.renders import draw
+    from .seeds import derive_seed
 
     config, models = open_models(arguments)
-    to_image(draw([arguments.text], [arguments.seed], config, models)[0]).save(arguments.out)
+    drawn = draw(config, models, [arguments.text], [derive_seed(arguments.seed, "draw")])
+    to_image(drawn[0]).save(arguments.out)
     print(f"wrote {arguments.out}")
     return 0
 
@@ -269,6 +276,22 @@ def run_tiny_pretrain(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def sampler_line(config: Config) -> str:
+    """How images will be drawn: what computes them, and what makes them another sampler's."""
+    from uae_kernels.mmdit.joint_attention import check_backend
+
+    from .config import ConfigError, cheaper
+
+    sampler = config.same_sampler
+    try:
+        attention = check_backend(sampler.attention)
+    except RuntimeError as error:
+        raise ConfigError([f"same_sampler.attention: {error}"]) from None
+    line = f"decoder: accelerated, attention by {attention}" if sampler.accelerate else "decoder: by diffusers"
+    changed = ", ".join(f"{key} {value}" for key, value in cheaper(config).items())
+    return f"{line}; cheaper sampler: {changed}" if changed else line
+
+
 def open_models(arguments: argparse.Namespace) -> tuple[Config, Models]:
     """Configuration and networks of `--run` at `--at`, or those of the package."""
     quiet_libraries()
@@ -316,25 +339,6 @@ def caption_images(
             max_new_tokens=config.caption.max_new_tokens,
         ).texts
     return readable, images, captions
-
-
-def draw(captions: list[str], seeds: list[int], config: Config, models: Models):
-    """Images (B, 3, H, W) drawn from captions."""
-    import torch
-
-    from .rollout.renders import render, render_guidance
-    from .seeds import derive_seed
-
-    with torch.no_grad():
-        return render(
-            models.decoder,
-            models.condition(captions),
-            [derive_seed(seed, "draw") for seed in seeds],
-            resolution=config.data.resolution,
-            steps=config.render.steps,
-            batch=config.render.batch,
-            guidance=render_guidance(config, models),
-        )
 
 
 def side_by_side(rows: list[tuple[Image.Image, Image.Image, str, float]], panel: int = 256) -> Image.Image:

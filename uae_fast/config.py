@@ -71,11 +71,14 @@ class ConditionConfig:
     """frozen: by the encoder as it was when the decoder was last trained; live: by the encoder as it is."""
     length: int = 512
     """Positions of a condition, template included; shorter captions are padded, longer ones cut."""
+    buckets: list[int] = field(default_factory=list)
+    """Shorter lengths, ascending: the decoder sees a caption padded to the smallest that holds it; none pads each to
+    `length`. The decoder attends to padding: it draws best with the buckets it was trained with."""
 
 
 @dataclass
 class RenderConfig:
-    """How reconstructions are drawn."""
+    """How reconstructions are drawn: part of what a reward means."""
 
     steps: int = 10
     """Euler steps from noise to image."""
@@ -84,6 +87,26 @@ class RenderConfig:
     negative_prompt: str = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."
     batch: int = 8
     """Images drawn at once; a short batch is padded to it, so that a drawing never depends on its neighbours."""
+
+
+@dataclass
+class SameSamplerConfig:
+    """How fast images are drawn: the same images, up to rounding."""
+
+    accelerate: bool = True
+    """The decoder computes by the fused ops of `uae_kernels.mmdit`; false: by diffusers' own modules."""
+    attention: Literal["auto", "sdpa", "flash-attn", "xformers"] = "auto"
+    """What computes the accelerated decoder's attention; auto is torch's `scaled_dot_product_attention`."""
+    decode_batch: int = 0
+    """Latents turned into images at once, a short batch padded to it; 0 is render.batch."""
+
+
+@dataclass
+class CheaperSamplerConfig:
+    """Other images for less: another reward, named in metrics.jsonl and summary.json."""
+
+    vae: Literal["full", "tiny"] = "full"
+    """tiny: an AutoencoderTiny in decoder/vae_tiny turns latents into images."""
 
 
 @dataclass
@@ -226,6 +249,8 @@ class Config:
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     render: RenderConfig = field(default_factory=RenderConfig)
+    same_sampler: SameSamplerConfig = field(default_factory=SameSamplerConfig)
+    cheaper_sampler: CheaperSamplerConfig = field(default_factory=CheaperSamplerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     stage0: Stage0Config = field(default_factory=Stage0Config)
     stage1: Stage1Config = field(default_factory=Stage1Config)
@@ -233,6 +258,16 @@ class Config:
     stage3: Stage3Config = field(default_factory=Stage3Config)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def cheaper(config: Config) -> dict[str, str]:
+    """The settings that make the sampler a cheaper one, key and value; none where it is the full one."""
+    default = CheaperSamplerConfig()
+    return {
+        item.name: str(getattr(config.cheaper_sampler, item.name))
+        for item in fields(default)
+        if getattr(config.cheaper_sampler, item.name) != getattr(default, item.name)
+    }
 
 
 def leaves(cls: type = Config, prefix: str = "") -> dict[str, Any]:
@@ -489,6 +524,17 @@ def invariants(config: Config) -> list[tuple[str, str]]:
             need(stage.updates >= 1, f"{name}.updates", "at least 1")
     need(c.render.steps >= 2, "render.steps", "at least 2")
     need(c.render.batch >= 1, "render.batch", "at least 1")
+    buckets = c.condition.buckets
+    need(
+        buckets == sorted(set(buckets)) and all(1 <= length < c.condition.length for length in buckets),
+        "condition.buckets",
+        f"must ascend and lie below condition.length = {c.condition.length}",
+    )
+    need(
+        c.same_sampler.accelerate or c.same_sampler.attention == "auto",
+        "same_sampler.attention",
+        "chooses for the accelerated decoder alone; same_sampler.accelerate is false",
+    )
     need(c.stage1.sampler_steps >= 1, "stage1.sampler_steps", "at least 1")
     need(
         1 <= c.stage1.backprop_last_steps <= c.stage1.sampler_steps,

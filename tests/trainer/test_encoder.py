@@ -200,3 +200,16 @@ def test_every_special_token_is_suppressed(byte_encoder, encoder):
 def test_what_the_encoder_cannot_take_names_its_key(override, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         load_models(load_config("tiny", [override]))
+
+
+def test_a_bucket_is_the_smallest_that_holds_the_template_and_the_caption(encoder):
+    captions = ["a", "a red circle top-left on white", "a red circle " * 30, "a blue square"]
+    _, mask = encoder.read(captions)
+    assert encoder.buckets == () and encoder.buckets_of(captions) == [28] * 4
+    try:
+        encoder.buckets = (8, 12)
+        found = encoder.buckets_of(captions)
+    finally:
+        encoder.buckets = ()
+    assert mask.sum(1).tolist() == [6, 11, 28, 8]
+    assert found == [8, 12, 28, 8]

@@ -11,6 +11,7 @@ from uae_fast.tiny.scenes import sample_scenes
 
 CAPTIONS = [scene.caption() for scene in sample_scenes("heldout", 10, 0)]
 SETTINGS = {"resolution": 32, "steps": 8, "batch": 8, "guidance": Guidance()}
+LENGTHS = [28, 20, 24, 20, 28, 24, 24, 20, 20, 28]
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,21 @@ def models():
 @pytest.fixture(scope="module")
 def context(models):
     return models.condition(CAPTIONS)
+
+
+@pytest.fixture
+def shapes(models, monkeypatch):
+    """(rows, length of the context) of every forward pass of the transformer."""
+    seen = []
+
+    def forward(*arguments, **given):
+        seen.append(tuple(given["encoder_hidden_states"].shape[:2]))
+        return transformer(*arguments, **given)
+
+    transformer = models.decoder.transformer.forward
+    monkeypatch.setattr(models.decoder, "_use_table", lambda wanted: None)  # puts another forward in its place
+    monkeypatch.setattr(models.decoder.transformer, "forward", forward)
+    return seen
 
 
 def window(models, context, **changed):
@@ -57,13 +73,41 @@ def test_guidance_is_the_combination_of_two_velocities(models, context):
     assert (guided - expected).abs().max() < 1e-5
 
 
-def test_an_image_depends_on_its_own_row_alone(models, context):
-    images = render(models.decoder, context, range(10), **SETTINGS)
-    alone = render(models.decoder, context[3:4], [3], **SETTINGS)
-    turned = render(models.decoder, context.flip(0), range(9, -1, -1), **SETTINGS)
-    assert torch.equal(images[3], alone[0])
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["one length", "three lengths"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_an_image_depends_on_its_own_row_alone(models, context, scale, lengths):
+    settings = {**SETTINGS, "guidance": Guidance(scale, context[-1:, :24])}
+    seeds = [*range(8), 3, 3]
+    images = render(models.decoder, context, seeds, **settings, lengths=lengths)
+    turned = render(models.decoder, context.flip(0), seeds[::-1], **settings, lengths=lengths and lengths[::-1])
     assert torch.equal(images, turned.flip(0))
+    for row in (3, 5, 8):
+        rows = slice(row, row + 1)
+        alone = render(models.decoder, context[rows], seeds[rows], **settings, lengths=lengths and lengths[rows])
+        assert torch.equal(images[row], alone[0])
     assert not torch.equal(images[3], images[4])
+
+
+def test_a_row_sees_as_much_of_its_context_as_its_length_says(models, context, shapes):
+    images = render(models.decoder, context, range(10), **SETTINGS, lengths=LENGTHS)
+    assert shapes == [(8, length) for length in (20, 24, 28) for _ in range(8)]
+    for length in (20, 24, 28):
+        rows = [i for i, own in enumerate(LENGTHS) if own == length]
+        cut = render(models.decoder, context[rows, :length], rows, **SETTINGS)
+        assert torch.equal(images[rows], cut)
+    whole = render(models.decoder, context, range(10), **SETTINGS)
+    assert (whole[1] - images[1]).abs().max() > 1e-3  # the decoder attends to padding
+
+
+def test_of_equal_noises_the_first_unconditional_step_is_computed_once(models, context, shapes):
+    guidance, seeds = Guidance(3.0, context[-1:]), [5] * 6 + [6] * 4
+    shared = render(models.decoder, context, seeds, **{**SETTINGS, "batch": 4, "guidance": guidance})
+    assert set(shapes) == {(4, 28)}
+    assert len(shapes) == 3 * (8 + 7) + 1  # three batches: steps with and without the prompt; the first without it
+    noise = initial_noise(seeds, models.decoder.latent_shape(32), models.decoder.device)
+    latents = ode_path(models.decoder, noise, context, models.decoder.sigmas(8), 4, guidance)
+    assert len(shapes) == 3 * (8 + 7) + 1 + 3 * 2 * 8
+    assert torch.equal(shared, in_batches(models.decoder.decode, 4, latents))
 
 
 def test_short_batches_are_padded_to_the_one_shape():
@@ -78,6 +122,48 @@ def test_short_batches_are_padded_to_the_one_shape():
     assert shapes == [4, 4, 4]
 
 
+def test_the_vae_has_a_batch_shape_of_its_own(models, context, monkeypatch):
+    sizes, decode = [], models.decoder.decode
+    monkeypatch.setattr(models.decoder, "decode", lambda latents: sizes.append(len(latents)) or decode(latents))
+    images = render(models.decoder, context, range(10), **SETTINGS, decode_batch=3)
+    assert sizes == [3, 3, 3, 3]
+    one = render(models.decoder, context[4:5], [4], **SETTINGS, decode_batch=3)
+    assert torch.equal(images[4], one[0])
+
+
+def test_latents_and_levels_are_fp32_whatever_the_weights(context):
+    models = load_models(load_config("tiny"))
+    models.decoder.transformer.to(torch.bfloat16)
+    path = window(models, context)
+    for tensor in (path.latents, path.next_latents, path.log_probs, path.levels, path.images):
+        assert tensor.dtype == torch.float32
+    assert not torch.equal(path.next_latents, path.next_latents.bfloat16().float())
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("accelerate", [True, False])
+def test_nothing_waits_for_the_device(accelerate, scale):
+    """On the meta device, where there are no values, whatever asks for one raises."""
+    decoder = load_models(load_config("tiny", [f"same_sampler.accelerate={accelerate}"])).decoder.to("meta")
+    decoder.trainable()  # no table: to make one, the pooled condition is looked at
+    context = torch.empty(3, 28, 96, device="meta")
+    settings = {"resolution": 32, "steps": 4, "batch": 2, "guidance": Guidance(scale, context[:1])}
+    images = render(decoder, context, [1, 1, 2], **settings, lengths=[20, 28, 20])
+    assert images.is_meta and images.shape == (3, 3, 32, 32)
+    path = sde_window(
+        decoder, context, [1, 2, 3], torch.zeros(2, 6, dtype=torch.int64, device="meta"), **settings, group_size=2,
+        start=1, kind="cps", noise_level=0.4, micro_batch=3, lengths=[20, 28, 20],
+    )  # fmt: skip
+    assert path.images.is_meta and path.log_probs.shape == (12,)
+    with pytest.raises(RuntimeError, match="meta"):
+        path.log_probs[0].item()
+
+
+def test_the_level_table_stays_where_it_is(models):
+    assert models.decoder.sigmas(8) is models.decoder.sigmas(8)
+    assert not torch.equal(models.decoder.sigmas(8), models.decoder.sigmas(9)[:9])
+
+
 def test_a_group_shares_its_path_up_to_the_window(models, context):
     path = window(models, context)
     first = path.latents[:8].unflatten(0, (2, 4))
@@ -87,20 +173,38 @@ def test_a_group_shares_its_path_up_to_the_window(models, context):
     assert torch.equal(path.next_latents[:16], path.latents[8:])
 
 
-def test_without_noise_the_window_is_the_deterministic_path(models, context):
-    quiet = window(models, context, noise_level=1e-6)
-    drawn = render(models.decoder, context[:2], [5, 6], **SETTINGS)
+def test_the_shapes_of_a_window(models, context, shapes):
+    window(models, context, batch=4, micro_batch=8)
+    assert shapes == [(2, 28)] * 2 + [(8, 28)] * 3 + [(4, 28)] * (2 * 3)
+
+
+def test_a_window_computes_velocities_as_the_update_does(models, context, monkeypatch):
+    """With gradients on: which kernel serves may depend on it, and the first ratio is exactly 1 with any."""
+    modes, velocity = [], models.decoder.velocity
+    monkeypatch.setattr(
+        models.decoder, "velocity", lambda *given: modes.append(torch.is_grad_enabled()) or velocity(*given)
+    )
+    path = window(models, context)
+    assert modes == [False] * 2 + [True] * 3 + [False] * 3
+    assert not any(tensor.requires_grad for tensor in (path.latents, path.next_latents, path.log_probs, path.images))
+
+
+@pytest.mark.parametrize("lengths", [None, [28, 20]])
+def test_without_noise_the_window_is_the_deterministic_path(models, context, lengths):
+    quiet = window(models, context, noise_level=1e-6, lengths=lengths)
+    drawn = render(models.decoder, context[:2], [5, 6], **SETTINGS, lengths=lengths)
     assert (quiet.images - drawn.repeat_interleave(4, 0)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("lengths", [None, [28, 20]])
 @pytest.mark.parametrize("kind, noise_level", [("flow_sde", 0.3), ("dance_sde", 0.3), ("cps", 0.4)])
-def test_replay_gives_the_stored_log_probs_bit_for_bit(models, context, kind, noise_level):
-    path = window(models, context, kind=kind, noise_level=noise_level, start=0)
+def test_replay_gives_the_stored_log_probs_bit_for_bit(models, context, kind, noise_level, lengths):
+    path = window(models, context, kind=kind, noise_level=noise_level, start=0, lengths=lengths)
     for step in range(3):
         rows = slice(8 * step, 8 * step + 8)
-        velocity = models.decoder.velocity(path.latents[rows], path.sigma[rows.start], path.context)
+        velocity = models.decoder.velocity(path.latents[rows], path.levels[step], path.context, path.lengths)
         replay = flow_step(
-            velocity, path.latents[rows], path.sigma[rows], path.sigma_next[rows], kind=kind,
+            velocity, path.latents[rows], path.levels[step], path.levels[step + 1], kind=kind,
             noise_level=noise_level, sigma_max=path.sigma_max, next_sample=path.next_latents[rows],
         )  # fmt: skip
         assert torch.equal(replay.log_prob, path.log_probs[rows])

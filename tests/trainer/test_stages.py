@@ -8,6 +8,7 @@ from uae_fast.models.loading import load_models
 from uae_fast.trainer import STAGES
 
 BOTH_WAYS = ["full", "lora"]
+BUCKETS = "condition.buckets=[18,20,24]"
 
 
 def build(number, config):
@@ -37,15 +38,27 @@ def parameters_of(stage):
 
 
 @pytest.mark.parametrize("mode", BOTH_WAYS)
-@pytest.mark.parametrize("number", [2, 3])
-def test_the_first_ratio_is_exactly_one(world, small_config, number, mode):
+@pytest.mark.parametrize(
+    "number, options",
+    [
+        (2, []),
+        (3, []),
+        (3, ["same_sampler.accelerate=false"]),
+        (3, [BUCKETS, "stage3.images=4", "stage3.group_size=2"]),
+    ],
+    ids=["captions", "drawings", "drawings by diffusers", "drawings of several lengths"],
+)
+def test_the_first_ratio_is_exactly_one(world, small_config, number, options, mode):
     """Against log-probs stored by the rollout, in two micro-batches; the second update's ratio is not."""
     config = small_config(
-        world, f"models.encoder={mode}", f"models.decoder={mode}", f"stage{number}.micro_batch=4", "stage3.kind=cps"
-    )
+        world, f"models.encoder={mode}", f"models.decoder={mode}", f"stage{number}.micro_batch=4", "stage3.kind=cps",
+        *options,
+    )  # fmt: skip
     stage = build(number, config)
     parameters = parameters_of(stage)
     rollout = stage.rollout(examples(config, number), 0)
+    if BUCKETS in options:
+        assert any(len(set(rollout.trajectory.lengths[start : start + 4])) > 1 for start in (0, 4))
     for start in range(0, len(rollout), 4):
         _, metrics = stage.loss(rollout, slice(start, start + 4))
         assert metrics["ratio/mean"].item() == metrics["ratio/max"].item() == 1.0
@@ -59,7 +72,7 @@ def test_the_first_ratio_is_exactly_one(world, small_config, number, mode):
 
 @pytest.mark.parametrize("number, option", [(0, ""), (1, "stage1.context=caption"), (1, "stage1.context=image")]
                          + [(2, f"stage2.loss_type={name}") for name in ("grpo", "dapo", "bnpo", "dr_grpo")]
-                         + [(3, "stage3.beta=0.1")])  # fmt: skip
+                         + [(3, "stage3.beta=0.1")] + [(number, BUCKETS) for number in (0, 1, 3)])  # fmt: skip
 def test_micro_batches_add_up(world, small_config, number, option):
     config = small_config(world, *filter(None, [option]), f"stage{number}.micro_batch=4")
     stage = build(number, config)

@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import write_whole
-from ..config import Config
+from ..config import Config, cheaper
 from ..data import Example, ImageFolder
 from ..logging import ProgressLine
 from ..models import Models
 from ..models.loading import models_folder
 from ..rollout.captions import sample_captions
-from ..rollout.renders import render, render_guidance
+from ..rollout.renders import draw
 from ..seeds import derive_seed
 from ..tiny.classifier import Classifier
 from ..tiny.scenes import Scene, caption_scores, read_scene
@@ -61,6 +61,8 @@ class Evaluator:
         """Writes `summary.json` from what the moments left, and returns it."""
         rows = {moment: self.scores(moment) for moment in ("ceiling", *MOMENTS)}
         summary: dict = {"seed": self.config.seed, "minutes": round(minutes, 2), "ceiling": None}
+        if cheaper(self.config):
+            summary["cheaper_sampler"] = cheaper(self.config)
         if rows["ceiling"]:
             summary["ceiling"] = {key: _mean(rows["ceiling"], key) for key in ("reward", "accuracy")}
         previous: list[dict] = []
@@ -89,14 +91,11 @@ class Evaluator:
             for start in range(0, self.count, config.render.batch):
                 examples = [self.data[i] for i in range(start, min(start + config.render.batch, self.count))]
                 captions = write(examples)
-                images = render(
-                    models.decoder,
-                    models.condition([caption for caption, _ in captions]),
+                images = draw(
+                    config,
+                    models,
+                    [caption for caption, _ in captions],
                     [derive_seed(config.seed, "heldout", "noise", example.id) for example in examples],
-                    resolution=config.data.resolution,
-                    steps=config.render.steps,
-                    batch=config.render.batch,
-                    guidance=render_guidance(config, models),
                 )
                 rewards = models.reward(images, models.reward.embed_sources([e.image for e in examples])).tolist()
                 accuracies = self._accuracies(images, examples)

@@ -29,6 +29,15 @@ class Models:
         """The decoder's context (B, L, D) for captions, re-read by `role` (by `self.reader` unless given)."""
         return self.projector(*self.encoder.read(captions, role or self.reader))
 
+    def lengths(self, captions: Sequence[str]) -> list[int] | None:
+        """How much of its context the decoder sees of each caption: its bucket; None is all of it."""
+        return self.encoder.buckets_of(captions) if self.encoder.buckets else None
+
+    def negative(self, prompt: str, role: str | None = None) -> Tensor:
+        """The context (1, L, D) of a negative prompt, as long as its bucket."""
+        context, lengths = self.condition([prompt], role), self.lengths([prompt])
+        return context if lengths is None else context[:, : lengths[0]]
+
     def freeze(self) -> None:
         """Nothing trains."""
         for part in (self.encoder, self.decoder):

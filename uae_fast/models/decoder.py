@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .batches import by_length, in_batches
 
 LORA_TARGETS = [
     "to_q",
@@ -30,25 +33,40 @@ class Decoder(nn.Module):
         vae: an `AutoencoderKL` with `scaling_factor` and `shift_factor`.
         scheduler: a `FlowMatchEulerDiscreteScheduler`, the source of the σ table.
         pooled: (D,) the pooled text condition, one constant for every prompt (METHOD §1).
+        vae_tiny: an `AutoencoderTiny` that turns latents into images in the VAE's stead (a cheaper sampler).
     """
 
     pooled: Tensor
     transformer: Any
     vae: Any
+    vae_tiny: Any
 
-    def __init__(self, transformer, vae, scheduler, pooled: Tensor):
+    def __init__(self, transformer, vae, scheduler, pooled: Tensor, vae_tiny=None):
         super().__init__()
         self.transformer = transformer
         self.vae = vae
+        self.vae_tiny = vae_tiny
         self.scheduler = scheduler
-        self.register_buffer("pooled", pooled)
+        self.register_buffer("pooled", pooled.to(transformer.dtype))
         self.has_adapter = False
         self.reference_copy: nn.Module | None = None
+        self.attention: str | None = None  # the accelerated transformer's backend
+        self._schedules: dict[int, Tensor] = {}
+        self._tabulated: list[Tensor] = []  # the schedules that have a table
+        self._table: Any = None  # a ModulationTable
+        self._uses_table = self._modulations_train = False
+        for part in filter(None, (vae, vae_tiny)):
+            part.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
 
     @property
     def device(self) -> torch.device:
         return self.pooled.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformer's weights; latents are fp32 whatever it is."""
+        return self.transformer.dtype
 
     @property
     def downscale(self) -> int:
@@ -59,6 +77,48 @@ class Decoder(nn.Module):
         """(C, H, W) of the latents of a square image of `resolution` pixels."""
         side = resolution // self.downscale
         return self.transformer.config.in_channels, side, side
+
+    # ---- how fast it computes: the same numbers up to rounding ------------------------------------------------------
+
+    def accelerate(self, attention: str = "auto", schedules: Sequence[int] = ()) -> None:
+        """From now on the transformer computes by `uae_kernels.mmdit`; parameters and their names stay as they are.
+
+        While nothing that makes modulations trains, a table holds them for the levels of `schedules`, and their layers'
+        weights wait in the host's memory. It is made when it is first needed, and anew after training.
+
+        Args:
+            attention: the backend, see `uae_kernels.mmdit.joint_attention`.
+            schedules: numbers of steps. The table serves the elements of what `sigmas` gives for them; at any other
+                level modulations are computed.
+        """
+        from uae_kernels.mmdit import accelerate_sd3
+
+        accelerate_sd3(self.transformer, attention=attention)
+        self.attention = attention
+        self._tabulated = [self.sigmas(steps) for steps in dict.fromkeys(schedules)]
+
+    def _use_table(self, wanted: bool) -> None:
+        if wanted == self._uses_table:
+            return
+        from uae_kernels.mmdit import ModulationTable, accelerate_sd3, restore_sd3
+
+        restore_sd3(self.transformer)
+        if wanted and not (self._table and self._table.was_made_from(self.transformer)):
+            times = self._timesteps(torch.cat([sigmas[:-1] for sigmas in self._tabulated]))
+            self._table = ModulationTable(self.transformer, times, self.pooled.to(self.dtype))
+        accelerate_sd3(
+            self.transformer,
+            modulation_table=self._table if wanted else None,
+            attention=self.attention or "auto",
+        )
+        self._uses_table = wanted
+
+    def _in_table(self, sigma: Tensor) -> bool:
+        """Whether a table serves σ, told from where σ lies: its value stays on the device."""
+        if self._modulations_train or sigma.dim():
+            return False
+        place = sigma.untyped_storage().data_ptr()
+        return any(place == sigmas.untyped_storage().data_ptr() for sigmas in self._tabulated)
 
     # ---- what trains ------------------------------------------------------------------------------------------------
 
@@ -74,6 +134,9 @@ class Decoder(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         """Makes the policy trainable and returns its parameters: the adapter's, or the whole transformer's."""
+        if not self.has_adapter:
+            self._use_table(False)
+            self._table, self._modulations_train = None, True
         parameters = [p for name, p in self.transformer.named_parameters() if not self.has_adapter or ".lora_" in name]
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -81,11 +144,13 @@ class Decoder(nn.Module):
 
     def freeze(self) -> None:
         """Nothing of the decoder trains."""
+        self._modulations_train = False
         self.transformer.requires_grad_(False)
 
     def keep_reference(self) -> None:
         """When the transformer trains in full: keeps a frozen copy of it as it is now, for the KL term."""
         if not self.has_adapter:
+            self._use_table(False)
             self.reference_copy = copy.deepcopy(self.transformer).requires_grad_(False)
 
     @contextmanager
@@ -106,21 +171,44 @@ class Decoder(nn.Module):
     # ---- what it computes -------------------------------------------------------------------------------------------
 
     def sigmas(self, steps: int) -> Tensor:
-        """The schedule's noise levels, fp32 (steps + 1,), from about 1 down to 0."""
-        self.scheduler.set_timesteps(steps)
-        return self.scheduler.sigmas.to(self.device, torch.float32)
+        """The schedule's noise levels, fp32 (steps + 1,), from about 1 down to 0; always the same tensor."""
+        known = self._schedules.get(steps)
+        if known is None or known.device != self.device:
+            self.scheduler.set_timesteps(steps)
+            known = self._schedules[steps] = self.scheduler.sigmas.to(self.device, torch.float32)
+        return known
 
-    def velocity(self, latents: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-        """v_θ(x_σ, σ, c): (B, C, H, W) from latents (B, C, H, W), sigma () or (B,), context (B, L, D)."""
-        dtype = self.transformer.dtype
-        batch = latents.shape[0]
-        return self.transformer(
-            hidden_states=latents.to(dtype),
-            encoder_hidden_states=context.to(dtype),
-            pooled_projections=self.pooled.to(dtype).expand(batch, -1),
-            timestep=sigma.expand(batch) * self.scheduler.config.num_train_timesteps,
-            return_dict=False,
-        )[0]
+    def _timesteps(self, sigma: Tensor) -> Tensor:
+        return sigma * self.scheduler.config.num_train_timesteps
+
+    def velocity(self, latents: Tensor, sigma: Tensor, context: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """v_θ(x_σ, σ, c), (B, C, H, W).
+
+        Args:
+            latents: (B, C, H, W).
+            sigma: () or (B,).
+            context: (B, L, D).
+            lengths: how much of its context each row sees; None is all of it. Rows of one length are computed together,
+                padded to B rows.
+        """
+        if self.attention is not None:
+            self._use_table(self._in_table(sigma))
+        dtype, time = self.dtype, self._timesteps(sigma)
+
+        def compute(c: Tensor, x: Tensor, t: Tensor) -> Tensor:
+            return self.transformer(
+                hidden_states=x.to(dtype),
+                encoder_hidden_states=c.to(dtype),
+                pooled_projections=self.pooled.to(dtype).expand(len(t), -1),
+                timestep=t,
+                return_dict=False,
+            )[0]
+
+        if time.dim():
+            return by_length(lambda *rows: in_batches(compute, len(latents), *rows), lengths, context, latents, time)
+        # One level has one row of modulations, whatever the batch
+        one = partial(compute, t=time.view(1))
+        return by_length(lambda *rows: in_batches(one, len(latents), *rows), lengths, context, latents)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -129,6 +217,8 @@ class Decoder(nn.Module):
         return (mean.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), fp32 in [0, 1], of latents (B, C, h, w)."""
-        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return (self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        """Images (B, 3, H, W), fp32 in [0, 1], of latents (B, C, h, w), by `vae_tiny` where there is one."""
+        vae = self.vae if self.vae_tiny is None else self.vae_tiny
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        latents = latents.to(vae.dtype, memory_format=torch.channels_last)
+        return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)

@@ -72,6 +72,7 @@ class Encoder(nn.Module):
         image_processor: its (PIL) image processor.
         caption_prompt: the user's words, put before the image.
         condition_length: number of positions of a condition; re-read captions are cut or padded to it.
+        buckets: ascending lengths below it, of which the decoder sees the smallest that holds a caption.
 
     Attributes:
         special_ids: every id that stands for no word. The text of a special token makes none of them.
@@ -82,12 +83,22 @@ class Encoder(nn.Module):
 
     model: Any
 
-    def __init__(self, model, tokenizer, image_processor, *, caption_prompt: str, condition_length: int):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        image_processor,
+        *,
+        caption_prompt: str,
+        condition_length: int,
+        buckets: Sequence[int] = (),
+    ):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.condition_length = condition_length
+        self.buckets = tuple(buckets)
         self.reader_copy: Any = None
         self.adapters: Any = None  # the PeftModel around self.model
         self.requires_grad_(False).eval()
@@ -289,11 +300,22 @@ class Encoder(nn.Module):
         Returns:
             states (B, condition_length, H) and mask (B, condition_length), True at tokens of template and caption.
         """
-        room = self.condition_length - len(self._read_prefix) - len(self._read_suffix)
-        rows = [self._read_prefix + self.words(caption)[:room] + self._read_suffix for caption in captions]
-        ids, mask = self._pad(rows, self.condition_length)
+        ids, mask = self._pad(self._framed(captions), self.condition_length)
         with self.acting_as(role) as language_model:
             states = language_model(
                 inputs_embeds=self.model.get_input_embeddings()(ids), attention_mask=mask.long(), use_cache=False
             ).last_hidden_state
         return states, mask
+
+    def _framed(self, captions: Sequence[str]) -> list[list[int]]:
+        """Token ids of captions in the template, cut to `condition_length`."""
+        room = self.condition_length - len(self._read_prefix) - len(self._read_suffix)
+        return [self._read_prefix + self.words(caption)[:room] + self._read_suffix for caption in captions]
+
+    def bucket(self, tokens: int) -> int:
+        """The smallest length that holds so many tokens."""
+        return next((length for length in self.buckets if tokens <= length), self.condition_length)
+
+    def buckets_of(self, captions: Sequence[str]) -> list[int]:
+        """The bucket of each caption as it is re-read, from the caption alone."""
+        return [self.bucket(len(ids)) for ids in self._framed(captions)]

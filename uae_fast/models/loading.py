@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,7 @@ PARTS = ("encoder", "decoder", "projector.safetensors", "reward")  # of a folder
 WEIGHTS = ("encoder", "decoder/transformer", "decoder/vae", "reward")  # what has its weights in a folder of its own
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 MAX_SHARD = "2MB"
+VAE_TINY = "decoder/vae_tiny"
 
 
 def models_folder(config: Config) -> Path:
@@ -49,9 +50,14 @@ def models_folder(config: Config) -> Path:
     parts = (*WEIGHTS, "decoder/scheduler", "projector.safetensors")
     missing = [part for part in parts if not (folder / part).exists()]
     problems = [f"models.path: {folder} has no {', '.join(missing)}"] if missing else []
-    for part in WEIGHTS:
-        if part not in missing:
-            problems += [f"models.path: {folder / part} {fault}" for fault in unsafe_weights(folder / part)]
+    weights = [part for part in WEIGHTS if part not in missing]
+    if config.cheaper_sampler.vae == "tiny":
+        if (folder / VAE_TINY).exists():
+            weights.append(VAE_TINY)
+        else:
+            problems.append(f"cheaper_sampler.vae: {folder} has no {VAE_TINY}, an AutoencoderTiny; choose full")
+    for part in weights:
+        problems += [f"models.path: {folder / part} {fault}" for fault in unsafe_weights(folder / part)]
     if not problems:
         problems = _unfit_resolution(config.data.resolution, folder / "decoder")
     if problems:
@@ -118,12 +124,16 @@ def load_models(config: Config) -> Models:
     folder = models_folder(config)
     device = run_device(config)
     with named(str(folder / "encoder")):
-        prompt, length = config.caption.prompt, config.condition.length
-        encoder = load_encoder(folder / "encoder", caption_prompt=prompt, condition_length=length)
+        encoder = load_encoder(
+            folder / "encoder",
+            caption_prompt=config.caption.prompt,
+            condition_length=config.condition.length,
+            buckets=config.condition.buckets,
+        )
     with named(str(folder / "projector.safetensors")):
         projector = load_projector(folder)
     with named(str(folder / "decoder")):
-        decoder = load_decoder(folder / "decoder")
+        decoder = load_decoder(folder / "decoder", tiny=config.cheaper_sampler.vae == "tiny")
     with named(str(folder / "reward")):
         reward = load_reward(folder / "reward")
     reader = "reader" if config.condition.adapter == "frozen" else "policy"
@@ -133,7 +143,24 @@ def load_models(config: Config) -> Models:
         torch.manual_seed(derive_seed(config.seed, "lora"))
         models.encoder.prepare_training(settings.encoder, settings.lora_rank, settings.lora_alpha)
         models.decoder.prepare_training(settings.decoder, settings.lora_rank, settings.lora_alpha)
-    return models.to(device)
+    models.to(device)
+    if config.same_sampler.accelerate:
+        accelerate_decoder(models.decoder, config)
+    return models
+
+
+def accelerate_decoder(decoder: Decoder, config: Config) -> None:
+    """Puts the fused ops into a decoder that has its place, its adapter and its weights.
+
+    Raises:
+        ConfigError: the ops do not know the transformer, or the attention backend is not installed.
+    """
+    try:
+        decoder.accelerate(config.same_sampler.attention, (config.render.steps, config.stage1.sampler_steps))
+    except RuntimeError as error:
+        raise ConfigError([f"same_sampler.attention: {error}"]) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"same_sampler.accelerate: {error}; false leaves it to diffusers"]) from None
 
 
 def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
@@ -143,7 +170,7 @@ def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
     encoder.image_processor.save_pretrained(folder)
 
 
-def load_encoder(folder: Path, *, caption_prompt: str, condition_length: int) -> Encoder:
+def load_encoder(folder: Path, *, caption_prompt: str, condition_length: int, buckets: Sequence[int] = ()) -> Encoder:
     """An encoder in fp32 from a folder with model, tokenizer and image processor.
 
     Its chat template is rendered by transformers in a sandbox without access to Python. The attention is named here,
@@ -160,6 +187,7 @@ def load_encoder(folder: Path, *, caption_prompt: str, condition_length: int) ->
         Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True),
         caption_prompt=caption_prompt,
         condition_length=condition_length,
+        buckets=buckets,
     )
 
 
@@ -187,16 +215,31 @@ def load_projector(folder: Path) -> Projector:
     return projector.requires_grad_(False)
 
 
-def load_decoder(folder: Path) -> Decoder:
-    """A decoder in fp32 from a folder with transformer, vae, scheduler and pooled.safetensors."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+def load_decoder(folder: Path, *, tiny: bool = False) -> Decoder:
+    """A decoder in fp32 from a folder with transformer, vae, scheduler and pooled.safetensors.
 
-    return Decoder(
+    Args:
+        tiny: vae_tiny turns latents into images.
+
+    Raises:
+        ConfigError: vae_tiny has other latents than vae.
+    """
+    from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    decoder = Decoder(
         SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32, **LOCAL),
         AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, **LOCAL),
         FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
         load_file(folder / "pooled.safetensors")["pooled"].float(),
+        AutoencoderTiny.from_pretrained(folder / "vae_tiny", torch_dtype=torch.float32, **LOCAL) if tiny else None,
     )
+    if tiny:
+        full, small = decoder.vae.config, decoder.vae_tiny.config
+        sizes = [(c.latent_channels, len(c.block_out_channels)) for c in (full, small)]
+        if sizes[0] != sizes[1] or small.upsampling_scaling_factor != 2:
+            problem = f"cheaper_sampler.vae: {folder / 'vae_tiny'} has other latents than {folder / 'vae'}"
+            raise ConfigError([f"{problem}: (channels, levels) are {sizes[1]}, not {sizes[0]}"])
+    return decoder
 
 
 def load_reward(folder: Path) -> Reward:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,6 +12,7 @@ from uae_kernels import flow_step
 
 from ..config import Config
 from ..models import Models
+from ..models.batches import by_length, in_batches, pick
 from ..models.decoder import Decoder
 
 
@@ -27,18 +28,23 @@ class Guidance:
     scale: float = 1.0
     context: Tensor | None = None
 
-    def unconditional(self, decoder: Decoder, latents: Tensor, sigma: Tensor) -> Tensor | None:
-        """v_u (B, C, H, W) without a gradient, or None at scale 1: a forward pass of its own, in the batch's shape."""
+    def negative(self, decoder: Decoder, batch: int) -> Tensor | None:
+        """The negative prompt's context (batch, L, D), or None at scale 1: one tensor, to be embedded once."""
         if self.scale == 1 or self.context is None:
             return None
-        with torch.no_grad():
-            return decoder.velocity(latents, sigma, self.context.expand(len(latents), -1, -1))
+        return self.context.to(decoder.dtype).expand(batch, -1, -1)
+
+    @torch.no_grad()
+    def unconditional(self, decoder: Decoder, latents: Tensor, sigma: Tensor, negative: Tensor | None) -> Tensor | None:
+        """v_u (B, C, H, W) without a gradient, or None at scale 1: a forward pass of its own, in the batch's shape."""
+        return None if negative is None else decoder.velocity(latents, sigma, negative)
 
 
 def render_guidance(config: Config, models: Models) -> Guidance:
     """The guidance of rewards and evaluation (`render.guidance_scale`)."""
-    scale = config.render.guidance_scale
-    return Guidance(scale, None if scale == 1 else models.condition([config.render.negative_prompt]))
+    if config.render.guidance_scale == 1:
+        return Guidance()
+    return Guidance(config.render.guidance_scale, models.negative(config.render.negative_prompt))
 
 
 @dataclass(frozen=True)
@@ -48,20 +54,25 @@ class Trajectory:
     Attributes:
         latents, next_latents: (W·B, C, H, W) fp32.
         log_probs: (W·B,) of the policy that drew them.
-        sigma, sigma_next: (W·B,) fp32.
+        levels: (W + 1,) the window's part of the σ table: step w goes from levels[w] to levels[w + 1].
         sigma_max: () the schedule's second level, where 1−σ is taken at σ = 1.
         context: (B, L, D), the same at every step.
+        lengths: how much of its context each of the B drawings sees; None is all of it.
         images: (B, 3, H, W) what the whole path ends in.
     """
 
     latents: Tensor
     next_latents: Tensor
     log_probs: Tensor
-    sigma: Tensor
-    sigma_next: Tensor
+    levels: Tensor
     sigma_max: Tensor
     context: Tensor
+    lengths: list[int] | None
     images: Tensor
+
+    def step(self, row: int) -> int:
+        """The window step of a row."""
+        return row // len(self.context)
 
 
 def initial_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
@@ -70,33 +81,44 @@ def initial_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.devi
     return torch.stack(rows).to(device)
 
 
-def in_batches(function: Callable[..., Tensor], batch: int, *tensors: Tensor) -> Tensor:
-    """`function` over chunks of exactly `batch` rows; a short last chunk is padded with copies of its last row."""
-    outputs = []
-    for chunk in zip(*(tensor.split(batch) for tensor in tensors), strict=True):
-        rows = len(chunk[0])
-        if rows < batch:
-            chunk = tuple(torch.cat([part, part[-1:].expand(batch - rows, *part.shape[1:])]) for part in chunk)
-        outputs.append(function(*chunk)[:rows])
-    return torch.cat(outputs)
-
-
 @torch.no_grad()
 def ode_path(
-    decoder: Decoder, latents: Tensor, context: Tensor, sigmas: Tensor, batch: int, guidance: Guidance
+    decoder: Decoder,
+    latents: Tensor,
+    context: Tensor,
+    sigmas: Tensor,
+    batch: int,
+    guidance: Guidance,
+    *,
+    lengths: Sequence[int] | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
-    """Euler steps through the levels `sigmas` (S + 1,): latents (B, C, H, W) at sigmas[0] to latents at sigmas[-1]."""
+    """Euler steps through the levels `sigmas` (S + 1,): latents (B, C, H, W) at sigmas[0] to latents at sigmas[-1].
 
-    def walk(x: Tensor, c: Tensor) -> Tensor:
+    Args:
+        batch: the one shape of all forward passes.
+        lengths: how much of its context (B, L, D) each row sees; None is all of it.
+        first: (B, C, H, W) the first step's unconditional velocities, where they are known.
+    """
+    if len(sigmas) == 1:
+        return latents
+    negative = guidance.negative(decoder, batch)
+
+    def walk(c: Tensor, x: Tensor, unconditional: Tensor | None = None) -> Tensor:
+        c = c.to(decoder.dtype)  # once: a tensor that stays the same is embedded once
         for sigma, sigma_next in pairwise(sigmas):
-            velocity, unconditional = decoder.velocity(x, sigma, c), guidance.unconditional(decoder, x, sigma)
+            velocity = decoder.velocity(x, sigma, c)
+            if unconditional is None:
+                unconditional = guidance.unconditional(decoder, x, sigma, negative)
             x = flow_step(
                 velocity, x, sigma, sigma_next, kind="ode",
                 velocity_uncond=unconditional, guidance_scale=guidance.scale,
             ).next_sample  # fmt: skip
+            unconditional = None
         return x
 
-    return in_batches(walk, batch, latents, context) if len(sigmas) > 1 else latents
+    own = (latents,) if first is None else (latents, first)
+    return by_length(lambda *rows: in_batches(walk, batch, *rows), lengths, context, *own)
 
 
 @torch.no_grad()
@@ -109,6 +131,8 @@ def render(
     steps: int,
     batch: int,
     guidance: Guidance,
+    lengths: Sequence[int] | None = None,
+    decode_batch: int | None = None,
 ) -> Tensor:
     """Draws one image for each row of `context` with the deterministic sampler.
 
@@ -119,14 +143,40 @@ def render(
         resolution: side of the images in pixels.
         steps: Euler steps.
         batch: the one batch shape in which everything is computed, so that an image depends only on its own row.
-        guidance: classifier-free guidance.
+        guidance: classifier-free guidance. Of the first step its unconditional half depends on the noise alone: it is
+            computed once for each seed.
+        lengths: how much of its context each row sees; None is all of it. Rows of one length are drawn together.
+        decode_batch: the one batch shape of the VAE; None is `batch`.
 
     Returns:
         Images (B, 3, resolution, resolution), fp32 in [0, 1].
     """
-    noise = initial_noise(seeds, decoder.latent_shape(resolution), decoder.device)
-    latents = ode_path(decoder, noise, context, decoder.sigmas(steps), batch, guidance)
-    return in_batches(decoder.decode, batch, latents)
+    sigmas = decoder.sigmas(steps)
+    distinct = {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
+    noise = initial_noise(list(distinct), decoder.latent_shape(resolution), decoder.device)
+    places = [distinct[seed] for seed in seeds]
+    negative, first = guidance.negative(decoder, batch), None
+    if negative is not None and len(distinct) < len(seeds):
+        shared = in_batches(lambda x: decoder.velocity(x, sigmas[0], negative), batch, noise)
+        first = pick(shared, places)
+    latents = ode_path(decoder, pick(noise, places), context, sigmas, batch, guidance, lengths=lengths, first=first)
+    return in_batches(decoder.decode, decode_batch or batch, latents)
+
+
+@torch.no_grad()
+def draw(config: Config, models: Models, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    """Images (B, 3, H, W) of captions, one seed of the initial noise each: what rewards and evaluation look at."""
+    return render(
+        models.decoder,
+        models.condition(captions),
+        seeds,
+        resolution=config.data.resolution,
+        steps=config.render.steps,
+        batch=config.render.batch,
+        guidance=render_guidance(config, models),
+        lengths=models.lengths(captions),
+        decode_batch=config.same_sampler.decode_batch,
+    )
 
 
 @torch.no_grad()
@@ -145,6 +195,8 @@ def sde_window(
     batch: int,
     micro_batch: int,
     guidance: Guidance,
+    lengths: Sequence[int] | None = None,
+    decode_batch: int | None = None,
 ) -> Trajectory:
     """Draws `group_size` images for each of n captions, with noise in a window of sampler steps (METHOD §3).
 
@@ -157,24 +209,41 @@ def sde_window(
         seeds: n seeds of the initial noise.
         step_seeds: (W, n·group_size) int64, the noise of each stochastic step.
         start: first step of the window.
+        batch: the shape of the forward passes after the window; before it there are n rows, in batches of n if that is
+            less, a number that is the same at every step of a run.
         micro_batch: divides n·group_size.
+        lengths: how much of its context each caption's drawings see; None is all of it.
+        decode_batch: the one batch shape of the VAE; None is `batch`.
     """
     sigmas = decoder.sigmas(steps)
     window = len(step_seeds)
+    levels = sigmas[start : start + window + 1]
     noise = initial_noise(seeds, decoder.latent_shape(resolution), decoder.device)
-    shared = ode_path(decoder, noise, context, sigmas[: start + 1], min(batch, len(context)), guidance)
+    few = min(batch, len(context))
+    shared = ode_path(decoder, noise, context, sigmas[: start + 1], few, guidance, lengths=lengths)
     x, context = shared.repeat_interleave(group_size, 0), context.repeat_interleave(group_size, 0)
+    own = None if lengths is None else [length for length in lengths for _ in range(group_size)]
+    negative = guidance.negative(decoder, micro_batch)
 
     before, after, log_probs = [], [], []
-    for step in range(window):
-        sigma, sigma_next = sigmas[start + step], sigmas[start + step + 1]
+    for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
         nexts, probs = [], []
-        for rows in torch.arange(len(x), device=x.device).split(micro_batch):
+        for first in range(0, len(x), micro_batch):
+            rows = slice(first, first + micro_batch)
+            with torch.enable_grad():  # a kernel may be chosen by whether it must give gradients, as in the update
+                velocity = decoder.velocity(x[rows], sigma, context[rows], own and own[rows]).detach()
             result = flow_step(
-                decoder.velocity(x[rows], sigma, context[rows]), x[rows], sigma, sigma_next,
-                kind=kind, noise_level=noise_level, sigma_max=sigmas[1], seed=step_seeds[step, rows],
-                velocity_uncond=guidance.unconditional(decoder, x[rows], sigma), guidance_scale=guidance.scale,
-            )  # fmt: skip
+                velocity,
+                x[rows],
+                sigma,
+                sigma_next,
+                kind=kind,
+                noise_level=noise_level,
+                sigma_max=sigmas[1],
+                seed=step_seeds[step, rows],
+                velocity_uncond=guidance.unconditional(decoder, x[rows], sigma, negative),
+                guidance_scale=guidance.scale,
+            )
             assert result.log_prob is not None  # the configuration has noise
             nexts.append(result.next_sample)
             probs.append(result.log_prob)
@@ -183,15 +252,14 @@ def sde_window(
         after.append(x)
         log_probs.append(torch.cat(probs))
 
-    latents = ode_path(decoder, x, context, sigmas[start + window :], batch, guidance)
-    levels = sigmas[start : start + window + 1].repeat_interleave(len(x))
+    latents = ode_path(decoder, x, context, sigmas[start + window :], batch, guidance, lengths=own)
     return Trajectory(
         latents=torch.cat(before),
         next_latents=torch.cat(after),
         log_probs=torch.cat(log_probs),
-        sigma=levels[: -len(x)],
-        sigma_next=levels[len(x) :],
+        levels=levels,
         sigma_max=sigmas[1],
         context=context,
-        images=in_batches(decoder.decode, batch, latents),
+        lengths=own,
+        images=in_batches(decoder.decode, decode_batch or batch, latents),
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config import Config, cheaper
 from ..data import Example
 from ..models import Models
 
@@ -56,6 +57,11 @@ def reward_metrics(rewards: Tensor, group_size: int) -> Metrics:
         "reward_std": groups.std(1).mean(),
         "frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
     }
+
+
+def sampler_metrics(config: Config) -> Metrics:
+    """A 1 for each setting of a cheaper sampler, named cheaper_sampler/KEY_VALUE: its rewards are of another kind."""
+    return {f"cheaper_sampler/{key}_{value}": torch.ones(()) for key, value in cheaper(config).items()}
 
 
 def policy_metrics(metrics: Metrics) -> Metrics:

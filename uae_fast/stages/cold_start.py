@@ -16,7 +16,7 @@ from ..models import Models
 from ..models.encoder import Prompt
 from ..rollout.renders import Guidance, initial_noise, ode_path
 from ..seeds import derive_seed
-from . import Metrics
+from . import Metrics, sampler_metrics
 
 
 @dataclass
@@ -65,38 +65,41 @@ class ColdStart:
             source=models.reward.embed_sources(images),
             noise=initial_noise(seeds, shape, models.decoder.device),
             prompt=models.encoder.prompt(images) if self.settings.context == "image" else None,
+            metrics=sampler_metrics(self.config),
         )
 
     def loss(self, rollout: Answers, rows: slice) -> tuple[Tensor, Metrics]:
-        images = self.draw(rollout.noise[rows], self.context(rollout, rows))
+        images = self.draw(rollout.noise[rows], *self.context(rollout, rows))
         rewards = self.models.reward(images, rollout.source[rows])
         return (1 - rewards).sum() / len(rollout), {"reward": rewards.detach().mean()}
 
-    def context(self, rollout: Answers, rows: slice) -> Tensor:
-        """The decoder's context (B, L, D) for given captions, with gradients into projector and encoder."""
-        captions = rollout.captions[rows]
+    def context(self, rollout: Answers, rows: slice) -> tuple[Tensor, list[int] | None]:
+        """The decoder's context (B, L, D) for given captions, with gradients into projector and encoder; lengths."""
+        models, captions = self.models, rollout.captions[rows]
         if rollout.prompt is None:
-            return self.models.condition(captions, "policy")
-        encoder, length = self.models.encoder, self.config.condition.length
+            return models.condition(captions, "policy"), models.lengths(captions)
+        encoder, length = models.encoder, self.config.condition.length
         ids, mask = (part[:, :length] for part in encoder.answers(captions))
-        context = self.models.projector(encoder.answer_states(rollout.prompt.rows(rows), ids, mask), mask)
-        return torch.nn.functional.pad(context, (0, 0, 0, length - context.shape[1]))
+        context = models.projector(encoder.answer_states(rollout.prompt.rows(rows), ids, mask), mask)
+        lengths = [encoder.bucket(len(encoder.words(caption)) + 1) for caption in captions] if encoder.buckets else None
+        return torch.nn.functional.pad(context, (0, 0, 0, length - context.shape[1])), lengths
 
-    def draw(self, noise: Tensor, context: Tensor) -> Tensor:
+    def draw(self, noise: Tensor, context: Tensor, lengths: list[int] | None) -> Tensor:
         """Images (B, 3, H, W) from noise (B, C, H, W), differentiable in context and decoder."""
         decoder, settings = self.models.decoder, self.settings
         sigmas = decoder.sigmas(settings.sampler_steps)
         first = settings.sampler_steps - settings.backprop_last_steps
-        guidance = Guidance(settings.guidance_scale)
-        if guidance.scale != 1:
-            negative = self.models.condition([self.config.render.negative_prompt], "policy")
-            guidance = Guidance(settings.guidance_scale, negative.detach())
-        x = ode_path(decoder, noise, context.detach(), sigmas[: first + 1], len(noise), guidance)
+        guidance = Guidance()
+        if settings.guidance_scale != 1:
+            prompt = self.models.negative(self.config.render.negative_prompt, "policy")
+            guidance = Guidance(settings.guidance_scale, prompt.detach())
+        x = ode_path(decoder, noise, context.detach(), sigmas[: first + 1], len(noise), guidance, lengths=lengths)
+        negative = guidance.negative(decoder, len(noise))
 
         def step(x: Tensor, context: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
             return flow_step(
-                decoder.velocity(x, sigma, context), x, sigma, sigma_next, kind="ode",
-                velocity_uncond=guidance.unconditional(decoder, x, sigma), guidance_scale=guidance.scale,
+                decoder.velocity(x, sigma, context, lengths), x, sigma, sigma_next, kind="ode",
+                velocity_uncond=guidance.unconditional(decoder, x, sigma, negative), guidance_scale=guidance.scale,
             ).next_sample  # fmt: skip
 
         for sigma, sigma_next in zip(sigmas[first:-1], sigmas[first + 1 :], strict=True):

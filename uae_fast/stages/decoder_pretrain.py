@@ -16,7 +16,14 @@ from ..seeds import generator
 from . import Metrics
 
 
-def flow_matching_loss(decoder: Decoder, latents: Tensor, context: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+def flow_matching_loss(
+    decoder: Decoder,
+    latents: Tensor,
+    context: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    lengths: Sequence[int] | None = None,
+) -> Tensor:
     """L0 = E ‖v_θ(x_σ, σ, c) − (ε − x0)‖² with x_σ = (1−σ)x0 + σε (METHOD §2).
 
     Args:
@@ -25,9 +32,10 @@ def flow_matching_loss(decoder: Decoder, latents: Tensor, context: Tensor, sigma
         context: (B, L, D) projected captions.
         sigma: (B,) in (0, 1).
         noise: (B, C, H, W), ε.
+        lengths: how much of its context each row sees; None is all of it.
     """
     level = sigma.view(-1, 1, 1, 1)
-    velocity = decoder.velocity((1 - level) * latents + level * noise, sigma, context)
+    velocity = decoder.velocity((1 - level) * latents + level * noise, sigma, context, lengths)
     return (velocity.float() - (noise - latents)).square().mean()
 
 
@@ -45,6 +53,7 @@ class Pairs:
     mask: Tensor  # (B, L)
     sigma: Tensor  # (B,)
     noise: Tensor  # (B, C, H, W)
+    lengths: list[int] | None  # how much of its context each row sees
     metrics: Metrics = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -73,17 +82,23 @@ class DecoderPretrain:
         decoder = self.models.decoder
         images = torch.cat([square(example.image, self.config.data.resolution) for example in examples])
         latents = decoder.encode(images.to(decoder.device))
-        states, mask = self.models.encoder.read([example.caption or "" for example in examples], "policy")
+        captions = [example.caption or "" for example in examples]
+        states, mask = self.models.encoder.read(captions, "policy")
         draws = [
             flow_matching_draws((1, *latents.shape[1:]), generator(self.config.seed, self.name, step, example.id))
             for example in examples
         ]
         sigma, noise = (torch.cat(part).to(decoder.device) for part in zip(*draws, strict=True))
-        return Pairs(latents, states, mask, sigma, noise)
+        return Pairs(latents, states, mask, sigma, noise, self.models.lengths(captions))
 
     def loss(self, rollout: Pairs, rows: slice) -> tuple[Tensor, Metrics]:
         context = self.models.projector(rollout.states[rows], rollout.mask[rows])
         loss = flow_matching_loss(
-            self.models.decoder, rollout.latents[rows], context, rollout.sigma[rows], rollout.noise[rows]
+            self.models.decoder,
+            rollout.latents[rows],
+            context,
+            rollout.sigma[rows],
+            rollout.noise[rows],
+            rollout.lengths and rollout.lengths[rows],
         )
         return loss * len(context) / len(rollout), {"velocity_mse": loss.detach()}

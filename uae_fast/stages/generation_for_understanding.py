@@ -14,9 +14,9 @@ from ..data import Example
 from ..models import Models
 from ..models.encoder import Prompt
 from ..rollout.captions import Captions, sample_captions
-from ..rollout.renders import render, render_guidance
+from ..rollout.renders import draw
 from ..seeds import derive_seed
-from . import Metrics, policy_metrics, reward_metrics
+from . import Metrics, policy_metrics, reward_metrics, sampler_metrics
 
 
 @dataclass
@@ -63,15 +63,7 @@ class GenerationForUnderstanding:
         )
         # All captions of an image start from one noise: what is left of the reward's spread is the captions' own.
         noise = [derive_seed(config.seed, self.name, "noise", step, e.id) for e in examples for _ in range(size)]
-        drawn = render(
-            models.decoder,
-            models.condition(captions.texts),
-            noise,
-            resolution=config.data.resolution,
-            steps=config.render.steps,
-            batch=config.render.batch,
-            guidance=render_guidance(config, models),
-        )
+        drawn = draw(config, models, captions.texts, noise)
         rewards = models.reward(drawn, models.reward.embed_sources(images).repeat_interleave(size, 0))
         lengths = captions.mask.sum(1).float()
         rollout = CaptionRollout(
@@ -80,7 +72,11 @@ class GenerationForUnderstanding:
             advantages=group_advantages(rewards, size, scale=settings.scale_advantages),
             old_logprobs=torch.empty(captions.ids.shape, device=rewards.device),
             ref_logprobs=torch.empty(captions.ids.shape, device=rewards.device) if settings.beta else None,
-            metrics={**reward_metrics(rewards, size), "completions/mean_length": lengths.mean()},
+            metrics={
+                **reward_metrics(rewards, size),
+                **sampler_metrics(config),
+                "completions/mean_length": lengths.mean(),
+            },
         )
         # Scored in the update's micro-batches, by the update's own code: its first ratio is exactly 1.
         for start in range(0, len(rollout), settings.micro_batch):

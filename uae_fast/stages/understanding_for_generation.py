@@ -15,7 +15,7 @@ from ..models import Models
 from ..rollout.captions import sample_captions
 from ..rollout.renders import Guidance, Trajectory, sde_window
 from ..seeds import derive_seed
-from . import Metrics, policy_metrics, reward_metrics
+from . import Metrics, policy_metrics, reward_metrics, sampler_metrics
 
 
 @dataclass
@@ -78,6 +78,8 @@ class UnderstandingForGeneration:
             batch=config.render.batch,
             micro_batch=settings.micro_batch,
             guidance=Guidance(),
+            lengths=models.lengths(captions.texts),
+            decode_batch=config.same_sampler.decode_batch,
         )
         rewards = models.reward(trajectory.images, models.reward.embed_sources(images).repeat_interleave(size, 0))
         rollout = DrawingRollout(
@@ -86,6 +88,7 @@ class UnderstandingForGeneration:
             ref_velocity=torch.empty_like(trajectory.latents) if settings.beta else None,
             metrics={
                 **reward_metrics(rewards, size),
+                **sampler_metrics(config),
                 "completions/mean_length": captions.mask.sum(1).float().mean(),
                 "clip_range_nats": torch.tensor(settings.clip_range * trajectory.latents[0].numel()),
             },
@@ -103,22 +106,28 @@ class UnderstandingForGeneration:
 
     def velocity(self, rollout: DrawingRollout, rows: slice) -> Tensor:
         """v_θ (B, C, H, W) at samples that share one sampler step: micro_batch divides the drawings."""
-        path = rollout.trajectory
-        drawings = slice(rows.start % len(path.context), rows.start % len(path.context) + self.settings.micro_batch)
+        path, drawings = rollout.trajectory, self.drawings(rollout, rows)
         # The step's one σ, as the rollout had it: a vector of equal σ may round elsewhere.
-        return self.models.decoder.velocity(path.latents[rows], path.sigma[rows.start], path.context[drawings])
+        sigma = path.levels[rows.start // len(path.context)]
+        lengths = path.lengths and path.lengths[drawings]
+        return self.models.decoder.velocity(path.latents[rows], sigma, path.context[drawings], lengths)
+
+    def drawings(self, rollout: DrawingRollout, rows: slice) -> slice:
+        """Which drawings the samples of one sampler step belong to."""
+        first = rows.start % len(rollout.trajectory.context)
+        return slice(first, first + self.settings.micro_batch)
 
     def loss(self, rollout: DrawingRollout, rows: slice) -> tuple[Tensor, Metrics]:
         settings, path = self.settings, rollout.trajectory
-        drawings = slice(rows.start % len(path.context), rows.start % len(path.context) + settings.micro_batch)
+        step = rows.start // len(path.context)
         loss, metrics, _, _ = flow_grpo_loss(
             self.velocity(rollout, rows),
             path.latents[rows],
             path.next_latents[rows],
             path.log_probs[rows],
-            rollout.advantages[drawings],
-            path.sigma[rows],
-            path.sigma_next[rows],
+            rollout.advantages[self.drawings(rollout, rows)],
+            path.levels[step],
+            path.levels[step + 1],
             sigma_max=path.sigma_max,
             kind=settings.kind,
             noise_level=settings.noise_level,

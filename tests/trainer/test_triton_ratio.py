@@ -1,0 +1,49 @@
+"""Stage 3 on the Triton path, in Triton's interpreter: what the rollout stores is what the update computes."""
+
+import sys
+
+import pytest
+from uae_kernels import _triton
+
+from uae_fast.data import ImageFolder
+from uae_fast.models.loading import load_models
+from uae_fast.trainer import STAGES
+
+pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Every op takes its kernel wherever that can serve; the names of those that did."""
+    seen = set()
+
+    def use_triton(op, impl, tensor, unsupported=None):
+        if unsupported is None:
+            seen.add(op)
+        return unsupported is None
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("uae_kernels.") and hasattr(module, "use_triton"):
+            monkeypatch.setattr(module, "use_triton", use_triton)
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_first_ratio_is_exactly_one(world, small_config, launched, mode):
+    config = small_config(
+        world, f"models.decoder={mode}", "render.steps=3", "render.batch=2", "stage3.images=1", "stage3.group_size=2",
+        "stage3.micro_batch=2", "stage3.window=1", "stage3.window_end=1", "data.resolution=16",
+    )  # fmt: skip
+    models = load_models(config)
+    stage = STAGES[3](config, models)
+    parameters = [parameter for group in stage.groups() for parameter in group["params"]]
+    examples = ImageFolder(config.data.train, "data.train").batch(0, 1, config.seed, "stage3")
+    rollout = stage.rollout(examples, 0)
+    rollout.advantages += 1  # two drawings of one caption may be worth the same
+    loss, metrics = stage.loss(rollout, slice(0, 2))
+    assert metrics["ratio/mean"].item() == metrics["ratio/max"].item() == 1.0
+    assert metrics["clip_ratio/low"].item() == metrics["clip_ratio/high"].item() == 0.0
+    loss.backward()
+    assert sum(p.grad is not None and p.grad.abs().max() > 0 for p in parameters) >= len(parameters) // 3
+    if mode == "lora":
+        assert {"gated_residual", "qk_norm"} <= launched

@@ -12,5 +12,5 @@ def test_a_run_killed_anywhere_ends_in_the_same_weights():
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     kills, failures = map(int, re.search(r"(\d+) kills in 4 rounds, (\d+) failures", done.stdout).groups())
-    assert kills >= 4 and failures == 0, done.stdout
-    assert done.stdout.count(" at point ") >= 1, done.stdout  # not all of them at random times
+    assert kills >= 2 and failures == 0, done.stdout
+    assert done.stdout.count(" at point ") >= 2, done.stdout  # in rounds 2 and 4, however fast the machine

@@ -23,11 +23,11 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture
 def make(world, small_config):
-    """``make(stage, "key=value", …)``: four steps of a stage, a checkpoint of each; warm-up takes five."""
+    """``make(stage, "key=value", …)``: three steps of a stage, a checkpoint of each; warm-up takes five."""
 
     def config(stage, *overrides, run="run"):
         return small_config(
-            world, f"stages=[{stage}]", f"stage{stage}.steps=4", f"stage{stage}.micro_batch=4", "checkpoint.every=1",
+            world, f"stages=[{stage}]", f"stage{stage}.steps=3", f"stage{stage}.micro_batch=4", "checkpoint.every=1",
             "checkpoint.keep=9", "evaluate.images=0", "render.batch=8", "render.steps=4", "stage3.window_end=3",
             *overrides, run=run,
         )  # fmt: skip
@@ -85,7 +85,7 @@ def inject(monkeypatch, cls, steps, where, value):
     ],
 )
 def test_a_step_that_is_not_finite_is_skipped(make, monkeypatch, number, optimizer, where, value, named):
-    """Of four steps the second is bad: weights, moments, running mean and warm-up are those of before it."""
+    """Of three steps the second is bad: weights, moments, running mean and warm-up are those of before it."""
     config = make(number, f"optimizer.name={optimizer}", f"stage{number}.lr=1e-3")
     inject(monkeypatch, STAGE[number], {1}, where, value)
     run = train(config)
@@ -93,10 +93,10 @@ def test_a_step_that_is_not_finite_is_skipped(make, monkeypatch, number, optimiz
     assert differing_tensors(first, second) == []
     assert differing_tensors(second, third)
     table = rows(run)
-    assert [row["skipped_steps"] for row in table] == [0, 1, 1, 1]
-    assert [row["lr"] for row in table] == pytest.approx([1e-3 / 6, 2e-3 / 6, 2e-3 / 6, 3e-3 / 6])
+    assert [row["skipped_steps"] for row in table] == [0, 1, 1]
+    assert [row["lr"] for row in table] == pytest.approx([1e-3 / 6, 2e-3 / 6, 2e-3 / 6])
     assert table[1][named] is None and "NaN" not in (run / "metrics.jsonl").read_text()
-    assert all(value is not None for row in (table[0], table[2], table[3]) for value in row.values())
+    assert all(value is not None for row in (table[0], table[2]) for value in row.values())
 
     bad = json.loads((run / "bad_step_2.json").read_text())
     assert named in bad["not_finite"]
@@ -206,7 +206,7 @@ def test_an_update_fetches_its_numbers_at_once(make, monkeypatch):
 
     monkeypatch.setattr(uae_fast.trainer, "accumulate", counted)
     train(config)
-    assert seen == [0] * 4
+    assert seen == [0] * 3
 
 
 # ---- memory that runs out -------------------------------------------------------------------------------------------
@@ -226,18 +226,19 @@ def run_out(monkeypatch, cls, method, largest, first_call=1):
     return calls
 
 
-@pytest.mark.parametrize("number", [2, 3])
-@pytest.mark.parametrize("method, first_call", [("rollout", 1), ("loss", 2), ("loss", 6)])
+@pytest.mark.parametrize(
+    "number, method, first_call", [(2, "rollout", 1), (2, "loss", 2), (3, "loss", 2), (2, "loss", 6), (3, "loss", 6)]
+)
 def test_out_of_memory_halves_the_micro_batch(make, monkeypatch, capsys, number, method, first_call):
     """The step is done again, bit for bit the step of a run configured so; a resumed run keeps to it.
 
     Memory runs out before the first step's gradients, half-way through them, and half-way through a later step's.
     """
-    option = f"stage{number}.micro_batch"
-    expected = train(make(number, f"{option}=1", run="small"))
+    option, steps = f"stage{number}.micro_batch", f"stage{number}.steps=4"
+    expected = train(make(number, steps, f"{option}=1", run="small"))
     with monkeypatch.context() as patch:
         run_out(patch, STAGE[number], method, 1, first_call)
-        run = train(make(number, run="large"))
+        run = train(make(number, steps, run="large"))
     output = capsys.readouterr().out
     assert f"out of memory: stage{number}.micro_batch goes from 4 to 2\n" in output
     assert f"out of memory: stage{number}.micro_batch goes from 2 to 1\n" in output
@@ -251,7 +252,7 @@ def test_out_of_memory_halves_the_micro_batch(make, monkeypatch, capsys, number,
     assert [row["reward"] for row in table] == pytest.approx([row["reward"] for row in rows(expected)], abs=1e-4)
     assert read_state(checkpoints(run / "checkpoints")[3])["micro_batch"] == 1
     ours.rename(run / "ending")
-    train(make(number, run="large"), resume=True)  # with memory enough again
+    train(make(number, steps, run="large"), resume=True)  # with memory enough again
     assert differing_tensors(run / "ending", ours) == []
 
 

@@ -1,6 +1,7 @@
 """Going on changes nothing, and going on with something else is refused."""
 
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -178,3 +179,20 @@ def test_rows_beyond_the_checkpoint_and_a_row_cut_short_are_dropped(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
     RunLog(tmp_path, [], step=2).metrics(3, "stage2", {"reward": 0.3})
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+
+
+def test_rows_wait_on_a_full_disk_and_none_is_cut_short(tmp_path, capsys):
+    """The third row does not fit any more: it waits, and follows with the fourth when there is room again."""
+    log, plain = RunLog(tmp_path, []), RunLog(tmp_path / "plain", [])
+    (tmp_path / "plain").mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in (1, 2, 3, 4):
+        plain.metrics(step, "stage2", {"reward": step / 10})
+        size = (tmp_path / "metrics.jsonl").stat().st_size if step > 1 else 0
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20 if step == 3 else soft, hard))
+        log.metrics(step, "stage2", {"reward": step / 10})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if step == 3:
+            assert (tmp_path / "metrics.jsonl").stat().st_size == size
+            assert "its rows wait for the next step" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "plain" / "metrics.jsonl").read_bytes()

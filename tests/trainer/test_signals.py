@@ -131,7 +131,7 @@ def test_a_second_signal_ends_the_process_at_once():
 
 def test_a_process_that_is_told_to_stop_goes_on_later(world, tmp_path):
     """From outside, as a cluster does it."""
-    config = configuration(world, tmp_path, "stages=[2]", "stage2.steps=20", "evaluate.images=0")
+    config = configuration(world, tmp_path, "stages=[2]", "stage2.steps=12", "evaluate.images=0")
     save_config(config, tmp_path / "config.yaml")
     command = [sys.executable, "-m", "uae_fast.cli", "train", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -143,7 +143,7 @@ def test_a_process_that_is_told_to_stop_goes_on_later(world, tmp_path):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
     done = read_state(checkpoints(run / "checkpoints")[-1])["step"]
-    assert 1 <= done < 20 and len(rows(run)) == done
+    assert 1 <= done < 12 and len(rows(run)) == done
     train(config, resume=True)
-    whole = configuration(world, tmp_path / "whole", "stages=[2]", "stage2.steps=20", "evaluate.images=0")
+    whole = configuration(world, tmp_path / "whole", "stages=[2]", "stage2.steps=12", "evaluate.images=0")
     assert_equal_runs(train(whole), run)

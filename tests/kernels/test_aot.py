@@ -4,6 +4,7 @@ Each `test_triton_<op>.py` names its cases: `calls()` yields (name, function) th
 `numbers()` yields functions that differ only in sizes and numbers.
 """
 
+import re
 from collections import defaultdict
 from importlib import import_module
 
@@ -28,6 +29,8 @@ def test_compiles_within_the_chips_limits(op, capability):
             str(kind[0]).removeprefix("tensordesc<").lstrip("*")[:4] in ("bf16", "fp16")
             for kind in launch.specialization
         )
+        if halves and op in ("gated_residual", "qk_norm"):
+            assert re.search(r"ld\.global\S*\.v4", ptx), f"{where} does not load 16 bytes at a time"
         if " = tt.dot" in launch.compiled.asm["ttir"]:
             assert halves or ".tf32" not in ptx, f"{where} rounds fp32 to tf32"
             if capability == 90 and halves:
@@ -47,7 +50,6 @@ def test_no_new_kernel_for_other_numbers(op):
 
 def test_every_program_id_is_widened():
     """Offsets pass 2^31 at 14,135 rows of 151,936 logits: no program id may enter arithmetic as an int32."""
-    import re
     from pathlib import Path
 
     import uae_kernels

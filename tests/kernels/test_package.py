@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import uae_kernels
+from uae_kernels import mmdit as uae_mmdit
 from uae_kernels import reference
+from uae_kernels.mmdit import Projections, Stream
+from uae_kernels.reference import mmdit as mmdit_definitions
 
 FUNCTIONS = [
     "flow_grpo_loss", "flow_step", "group_advantages", "grpo_loss", "linear_grpo_loss", "linear_logprobs",
@@ -26,9 +29,26 @@ def test_public_names():
         assert getattr(reference, name).__module__ == f"uae_kernels.reference.{file}"
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_reference_has_the_public_signature(name):
-    public, definition = getattr(uae_kernels, name), getattr(reference, name)
+MMDIT = ["gated_residual", "layer_norm_modulate", "qk_norm"]  # the ops of uae_kernels.mmdit that have a definition
+
+
+def test_public_names_of_mmdit():
+    assert uae_mmdit.__all__ == sorted(
+        ["Modulated", "ModulationTable", "Projections", "Stream", "accelerate_sd3", "joint_attention", *MMDIT,
+         "restore_sd3"]
+    )  # fmt: skip
+    assert mmdit_definitions.__all__ == MMDIT
+    for name in uae_mmdit.__all__:
+        assert getattr(uae_mmdit, name).__doc__
+
+
+@pytest.mark.parametrize(
+    "public, definition",
+    [(getattr(uae_kernels, name), getattr(reference, name)) for name in FUNCTIONS]
+    + [(getattr(uae_mmdit, name), getattr(mmdit_definitions, name)) for name in MMDIT],
+    ids=FUNCTIONS + MMDIT,
+)
+def test_reference_has_the_public_signature(public, definition):
     assert inspect.signature(public) == inspect.signature(definition)
     assert inspect.signature(public).parameters["impl"].default == "auto"
     for part in ("Args:", "Returns:", "Raises:"):
@@ -46,20 +66,26 @@ CALLS = {
         f(torch.rand(4, 2, 3), torch.rand(5, 3), torch.zeros(4, 2).long(), torch.rand(4), impl=impl).loss
     ),
     "flow_step": lambda f, impl: f(torch.rand(2, 3), torch.rand(2, 3), 0.9, 0.8, seed=1, impl=impl).mean,
+    "gated_residual": lambda f, impl: f(Stream(torch.rand(1, 2, 3), ((torch.rand(1, 3),) * 2,)), impl=impl)[0].x,
+    "layer_norm_modulate": lambda f, impl: f(torch.rand(1, 2, 3), torch.rand(1, 3), torch.rand(1, 3), impl=impl),
+    "qk_norm": lambda f, impl: f(Projections(*torch.rand(3, 1, 2, 4)), heads=2, impl=impl)[0],
     "flow_grpo_loss": lambda f, impl: (
         f(*(torch.rand(2, 3) for _ in range(3)), torch.rand(2), torch.rand(2), 0.9, 0.8, impl=impl).loss
     ),
 }
 
 
-@pytest.mark.parametrize("module", [uae_kernels, reference])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    "module, name",
+    [(module, name) for module in (uae_kernels, reference) for name in FUNCTIONS]
+    + [(module, name) for module in (uae_mmdit, mmdit_definitions) for name in MMDIT],
+)
 def test_impl(module, name):
     call, function = CALLS[name], getattr(module, name)
     for impl in ("auto", "torch"):
         assert call(function, impl).isfinite().all()
-    reason = "no Triton kernel" if module is reference else 'impl="triton" needs tensors on a GPU'
-    with pytest.raises(RuntimeError, match=reason):
+    without = module in (reference, mmdit_definitions)
+    with pytest.raises(RuntimeError, match="no Triton kernel" if without else 'impl="triton" needs tensors on a GPU'):
         call(function, "triton")
     with pytest.raises(ValueError, match="impl must be"):
         call(function, "cuda")
@@ -71,7 +97,7 @@ import os, sys
 import torch
 before, environment = set(sys.modules), dict(os.environ)
 threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-import uae_kernels
+import uae_kernels, uae_kernels.mmdit
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert dict(os.environ) == environment
 assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, dtype)
@@ -87,7 +113,8 @@ assert not others, others
 
 def test_the_readme_names_every_function_and_its_example_runs(capsys):
     card = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
-    assert [name for name in FUNCTIONS if f"| `{name}(" not in card] == []
+    listed = [*FUNCTIONS, *MMDIT, "joint_attention", "ModulationTable", "accelerate_sd3", "restore_sd3"]
+    assert [name for name in listed if f"| `{name}(" not in card] == []
     (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     names = {}
     exec(example, names)

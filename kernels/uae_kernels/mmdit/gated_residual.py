@@ -297,8 +297,18 @@ def _aligned(rows: list[Tensor]) -> list[Tensor]:
 
 
 def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, impl: str = "auto") -> Tensor:
-    """LN(x)·(1 + scale) + shift of x (B, N, C) with scale and shift (B, C): `gated_residual` without a branch.
+    """LN(x)·(1 + scale) + shift over the last dimension: `gated_residual` of one stream without a branch.
 
-    Args, Returns, Raises: as there.
+    Args:
+        x: (B, N, C) floats.
+        scale, shift: (B, C).
+        eps: added to the variance.
+        impl: as there.
+
+    Returns:
+        (B, N, C) in x's dtype; computed in fp32 (fp64 for fp64), rounded once.
+
+    Raises:
+        ValueError, RuntimeError: as there.
     """
     return gated_residual(Stream(x, ((scale, shift),)), eps=eps, impl=impl)[0].normalized[0]

@@ -16,7 +16,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make gpu-check    run every kernel's tests compiled, on a GPU"
 	@echo "make sanitize    the kernels under NVIDIA's compute-sanitizer, on a GPU"
-	@echo "make bench   the kernels beside their rivals; QUICK=1 answers within a minute"
+	@echo "make bench   the kernels and, on a GPU, SD3.5's sampler beside their rivals; QUICK=1 answers within a minute"
 	@echo "make fuzz    random inputs for the kernels, 2,000 a test"
 	@echo "make mutants    plant faults in the kernels; the tests must find each"
 	@echo "make crash   kill a small run again and again; it must end in the same weights (ROUNDS=30)"
@@ -64,8 +64,8 @@ fuzz: $(STAMP)
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k fuzz --hypothesis-profile=fuzz
 
 bench: $(STAMP)
-	@$(BIN)/python -m pytest benchmarks/kernels $(if $(QUICK),--quick)
-	@$(if $(QUICK),,$(BIN)/python -m benchmarks.kernels.report > /dev/null && $(BIN)/python -m benchmarks.tables)
+	@$(BIN)/python -m pytest benchmarks/kernels benchmarks/sampler $(if $(QUICK),--quick)
+	@$(if $(QUICK),,$(BIN)/python -m benchmarks.sampler.counted > /dev/null && $(BIN)/python -m benchmarks.kernels.report > /dev/null && $(BIN)/python -m benchmarks.tables)
 
 mutants: $(STAMP)
 	@$(BIN)/python tests/kernels/mutants.py

@@ -2,8 +2,9 @@
 
     python -m benchmarks.tables [FILE…]      # README.md, kernels/README.md, benchmarks/README.md
 
-NAME is OP-KIND, OP-KIND-VARIANT or OP-KIND-VARIANT-DTYPE (linear_logprobs-gpu-frozen), `memory` or `resources`. In a
-table for a GPU, times that have not been measured are predicted for an H200, and marked ≈.
+NAME is OP-KIND, OP-KIND-VARIANT or OP-KIND-VARIANT-DTYPE (linear_logprobs-gpu-frozen), `memory`, `resources`,
+`sampler-counted` or `sampler-gpu`. In an op's table for a GPU, times that have not been measured are predicted for an
+H200, and marked ≈.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .kernels import predicted, resources
 from .kernels.memory import NAME as MEMORY
 from .kernels.test_speed import OPS
 from .rows import OURS, ROOT, Row, is_ours, label, newest, read
+from .sampler import counted, denoise
 
 FILES = [ROOT / "README.md", ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "README.md"]
 MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -117,10 +119,13 @@ def provenance(rows: list[Row]) -> str:
     """Machine, versions and commits of some rows."""
     last = max(rows, key=lambda row: row["date"])
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
-    commits = sorted({(row["commit"] or "unknown")[:10] + " (changed)" * bool(row["dirty"]) for row in rows})
     threads = f", {last['threads']} threads" if last["kind"] == "cpu" else ""
     machine = f"{last['device']}{threads}, {versions}, Python {last['python']}"
-    return f"{machine}, commit {', '.join(commits)}, {last['date'][:10]}"
+    return f"{machine}, commit {commits(rows)}, {last['date'][:10]}"
+
+
+def commits(rows: list[Row]) -> str:
+    return ", ".join(sorted({(row["commit"] or "unknown")[:10] + " (changed)" * bool(row["dirty"]) for row in rows}))
 
 
 def memory() -> str:
@@ -137,7 +142,66 @@ def memory() -> str:
     return f"{markdown(header, lines)}\n\n{note}"
 
 
+def sampler_counts(images: int = 8) -> str:
+    """A line for each model, resolution and length of text: diffusers' counts beside ours."""
+    rows = [row for row in read(f"{counted.NAME}.jsonl") if row["N"] == images]
+    if not rows:
+        return "Not counted yet."
+    found = {(row["variant"], row["contestant"]): row for row in rows}
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        pair = [found[variant, name] for name in (denoise.EAGER, OURS)]
+        theirs, ours = (row["predicted"]["image_step_ms"] for row in pair)
+        lines.append([
+            f"{pair[0]['model']}, {pair[0]['pixels']}², {pair[0]['T']} text tokens",
+            " → ".join(f"{row['launches']:,}" for row in pair),
+            " → ".join(f"{row['other_bytes'] / images / 1e9:.1f}" for row in pair),
+            " → ".join(f"{row['flops'] / images / 1e12:.1f}" for row in pair),
+            " → ".join(f"{row['resident_bytes'] / 1e9:.1f}" for row in pair),
+            f"≈ {theirs:.1f} → {ours:.1f} ({theirs / ours:.2f}×)",
+        ])  # fmt: skip
+    header = ["SD3.5", "launches a step", "GB beside products and attention, an image-step"]
+    header += ["TFLOP an image-step", "GB of weights on the GPU", "≈ ms an image-step on an H200"]
+    rates = ", ".join(f"{rate / 1e12:.0f} at {pixels}²" for pixels, rate in counted.ATTENTION.items())
+    note = (
+        f"{denoise.EAGER} → {OURS} with a modulation table, {images} images a batch, bfloat16. Launches, bytes and "
+        f"FLOPs are counted, not measured: commit {commits(rows)}. ≈ predicted for an H200, not measured: products at "
+        f"{counted.PRODUCT / 1e12:.0f} TFLOP/s, attention at {rates} TFLOP/s for both, all other bytes at "
+        f"{counted.COPY / 1e12:.2f} TB/s; launches are taken to cost nothing."
+    )
+    return f"{markdown(header, lines)}\n\n{note}"
+
+
+def sampler_speed() -> str:
+    """A table for each model, resolution and length of text; a line for each number of images and contestant."""
+    rows = newest(read(f"{denoise.OP}-gpu.jsonl"))
+    parts = defaultdict(list)
+    for row in rows:
+        parts[row["device"], row["class"], row["variant"]].append(row)
+    return "\n\n".join(_sampler_part(*key, part) for key, part in parts.items()) or "Not measured yet."
+
+
+def _sampler_part(device: str, kind: str, variant: str, rows: list[Row]) -> str:
+    lines, absent = [], []
+    for row in sorted(rows, key=lambda row: row["N"]):
+        if row["median_ms"] is None:
+            absent.append(f"{label(row)} at N {row['N']} ({row['reason']})")
+            continue
+        median, p20, p80 = row["image_step_ms"]
+        cells = [f"{label(row)}, N {row['N']}", f"{median:.3g} ({p20:.3g}–{p80:.3g})", f"{row['images_per_s']:.3g}"]
+        cells += [f"{row['peak_bytes'] / 1e9:.1f}", f"{row['mfu']:.0%}" if row["mfu"] else ""]
+        cells += [f"{row['launches']:,}" if row["launches"] else "", f"{row['errors']['latents']:.0e}"]
+        lines.append([f"**{cell}**" if cell and is_ours(row) else cell for cell in cells])
+    header = [f"{variant}, {kind}", "ms an image-step (p20–p80)", f"images/s at {denoise.STEPS} steps", "peak GB"]
+    header += ["MFU", "launches a step", "error latents"]
+    return "\n\n".join([markdown(header, lines), *_notes(rows, absent)])
+
+
 def table(name: str) -> str:
+    if name == counted.NAME:
+        return sampler_counts()
+    if name == f"{denoise.OP}-gpu":
+        return sampler_speed()
     if name == "memory":
         return memory()
     if name == resources.NAME:

@@ -21,6 +21,7 @@ from ..rows import OURS, Row
 
 # Largest error of a value, and relative error (Frobenius norm) of a gradient, whose name starts with d_
 PROMISED = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 2.5e-3)}
+RELATIVE = ("latents",)  # values whose errors are relative too
 # A bf16 logit between 32 and 64 is off by up to 0.125, and so is log Σ e^z: far beyond, an op computes another thing.
 TOLERATED = {torch.float32: (1e-2, 1e-2), torch.bfloat16: (0.5, 0.2)}
 PASSES = 4  # visits to each contestant, in alternating order, so that drift favours none
@@ -104,8 +105,7 @@ class Contest:
         entry, ours = Entry(contestant), contestant.name.startswith(OURS)
         try:
             entry.step = contestant.build(self.inputs)
-            bounds = (PROMISED if ours else TOLERATED)[self.case.dtype]
-            entry.errors, wrong = compare(entry.step(), truth, bounds)
+            entry.errors, wrong = compare(entry.step(), truth, self.bounds(ours))
             if wrong:
                 raise WrongResults(f"{self.case}: {contestant.name}: {wrong}") if ours else Absent(f"wrong: {wrong}")
             run = self.timed(entry)
@@ -122,6 +122,10 @@ class Contest:
             torch.cuda.empty_cache()
         return entry
 
+    def bounds(self, ours: bool) -> tuple[float, float]:
+        """Largest error of a value, and of a gradient."""
+        return (PROMISED if ours else TOLERATED)[self.case.dtype]
+
     def timed(self, entry: Entry) -> Callable[[], None]:
         """One round: the case's number of steps, and the device done with them."""
 
@@ -133,13 +137,16 @@ class Contest:
 
         return run
 
-    def time(self, key: str, benchmark: Any) -> None:
-        """One visit to a contestant."""
+    def time(self, key: str, benchmark: Any) -> str | None:
+        """One visit to a contestant; why there is none."""
         entry = self.entries[key]
+        if entry.reason:
+            return entry.reason
         fewest, most = (1, 3) if self.case.quick else ROUNDS
         rounds = max(fewest, min(most, int(SECONDS / max(entry.seconds, 1e-6))))
         benchmark.pedantic(self.timed(entry), rounds=rounds, warmup_rounds=1)
         entry.times += benchmark.stats.stats.data
+        return None
 
     def rows(self, environment: Row) -> list[Row]:
         """What is known about each contestant that was timed, or could not be."""
@@ -179,7 +186,8 @@ def compare(results: Results, truth: Truth, bounds: tuple[float, float]) -> tupl
             wrong.append(f"{name} has shape {tuple(result.shape)} instead of {tuple(exact.shape)}")
             continue
         gradient, difference = name.startswith("d_"), result.double() - exact
-        error = difference.norm() / exact.norm().clamp(min=1e-30) if gradient else difference.abs().max()
+        relative = gradient or name in RELATIVE
+        error = difference.norm() / exact.norm().clamp(min=1e-30) if relative else difference.abs().max()
         errors[name] = error.item()
         if not errors[name] <= bounds[gradient]:
             wrong.append(f"{name} is off by {errors[name]:.1e}, allowed are {bounds[gradient]:.1e}")
@@ -237,10 +245,10 @@ def training_step(name: str, function: Callable[[], Tensor], leaves: Results, up
     return step
 
 
-def compiled(case: Case, function: Callable) -> Callable:
+def compiled(case: Case, function: Callable, **options: Any) -> Callable:
     if case.quick:
         raise Absent("compiling takes too long for --quick")
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, **options)
 
 
 def ours(case: Case, build: Callable[[Any, str], Step]) -> list[Contestant]:

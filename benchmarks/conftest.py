@@ -4,9 +4,9 @@ import pytest
 import torch
 from uae_kernels._triton import INTERPRETED
 
-from ..rows import RESULTS, append, environment
-from .harness import Contest
-from .report import show
+from .kernels.harness import Contest
+from .kernels.report import show
+from .rows import RESULTS, append, environment
 
 
 class Contests:
@@ -21,7 +21,7 @@ class Contests:
             self.leave()
             self.case = case
             try:
-                self.contest = Contest(op, case)
+                self.contest = getattr(op, "Contest", Contest)(op, case)
             except Exception as error:
                 self.failure = error
         if self.failure:
@@ -41,7 +41,7 @@ CONTESTS = pytest.StashKey[Contests]()
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("kernels")
+    group = parser.getgroup("benchmarks")
     group.addoption("--quick", action="store_true", help="small cases, within a minute; writes no rows")
     group.addoption("--rows", type=Path, default=RESULTS, metavar="FOLDER", help="where the rows are appended")
     group.addoption("--commit", help="hash, with -dirty behind it where it is: for a copy without .git")

@@ -1,0 +1,1 @@
+"""Speed, memory and counts of SD3.5's sampler."""

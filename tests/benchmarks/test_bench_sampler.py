@@ -1,0 +1,164 @@
+"""The sampler's benchmark: its counts by hand, its gate, and what becomes of contestants that fail."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.attention import SDPBackend
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.kernels.harness import Absent, Contestant, WrongResults
+from benchmarks.rows import OURS
+from benchmarks.sampler import counted, denoise
+
+# Runs a round, and reports three times of its own
+BENCHMARK = SimpleNamespace(
+    pedantic=lambda run, **_: run(), stats=SimpleNamespace(stats=SimpleNamespace(data=[0.5, 1.0, 1.5]))
+)
+
+
+def tiny():
+    (case,) = denoise.cases("cpu", quick=True)
+    return case
+
+
+def contest(*contestants):
+    op = SimpleNamespace(inputs=denoise.inputs, truth=denoise.truth, contestants=lambda case: list(contestants))
+    return denoise.Contest(op, tiny())
+
+
+def right(given):
+    return denoise.loop(denoise.transformer(tiny()), given)
+
+
+def off(by):
+    """Right but for a relative error of the first image's latents."""
+    return lambda given: lambda: {"latents": right(given)()["latents"] * (1 + by)}
+
+
+def products(case, layers, width, context, pooled, channels, patch=2):
+    """FLOPs of one guided step of the small medium model, of which block 0 has a second attention."""
+    batch, images, text = 2 * case.N, (case.pixels // 8 // patch) ** 2, case.T
+    square = 2 * batch * width * width
+    flops = 2 * batch * images * channels * patch**2 * width * 2  # into patches and out of them
+    flops += 2 * batch * text * context * width
+    flops += 2 * batch * (256 + pooled) * width + 2 * square  # timestep and pooled condition, two layers each
+    for layer in range(layers):
+        last = layer == layers - 1
+        flops += square * (12 * images + (3 if last else 12) * text)  # attention 4, feed-forward 8
+        flops += square * ((9 if layer == 0 else 6) + (2 if last else 6))  # modulations
+        flops += 4 * batch * (images + text) ** 2 * width
+        flops += (square * 4 * images + 4 * batch * images**2 * width) if layer == 0 else 0
+    return flops + 2 * square  # norm_out
+
+
+def test_flops_and_weights_of_a_small_model_by_hand():
+    case = tiny()
+    model = denoise.transformer(case)
+    config = model.config
+    counts, resident = denoise.counts_and_bytes(case, denoise.EAGER)
+    by_hand = products(
+        case, config.num_layers, model.inner_dim, config.joint_attention_dim, config.pooled_projection_dim,
+        config.in_channels,
+    )  # fmt: skip
+    assert counts.flops == by_hand
+    assert resident == sum(p.nbytes for p in model.parameters())
+
+    ours, kept = denoise.counts_and_bytes(case, OURS)
+    # The table's modulations and the context, embedded once for all steps, are missing; in their place stands the table
+    width = model.inner_dim
+    rows = [9 * width, 6 * width] + [6 * width, 2 * width] + [2 * width]
+    square = 2 * 2 * case.N * width
+    embedding = square * (256 + config.pooled_projection_dim + 2 * width) + square * sum(rows)
+    assert counts.flops - ours.flops == embedding + square * case.T * config.joint_attention_dim
+    gone = sum(4 * size * (width + 1) for size in rows)
+    assert resident - kept == gone - 4 * denoise.STEPS * sum(rows)
+    assert ours.launches < counts.launches / 3
+
+
+def test_a_predicted_time_is_of_the_slower_of_arithmetic_and_bytes():
+    kernels = [("mm", 0, 655e12), ("attention", 3.65e9, 306e12), ("add", 3.65e12, 0), ("mm", 3.65e12, 1.0)]
+    counts = SimpleNamespace(kernels=[SimpleNamespace(name=n, bytes=b, flops=f) for n, b, f in kernels])
+    assert counted.predicted_ms(counts, 512) == pytest.approx(4000)
+
+
+def test_ours_must_be_as_near_to_the_truth_as_diffusers():
+    found = contest(Contestant(OURS, right))
+    assert 0 < found.error < 1e-5  # fp32
+    assert found.time(OURS, BENCHMARK) is None
+    (row,) = found.rows({"date": "now"})
+    assert row["class"] == "same sampler" and row["reason"] is None
+    case = found.case
+    per_step = 1e3 / case.N / case.steps
+    assert row["image_step_ms"] == pytest.approx([per_step, 0.7 * per_step, 1.3 * per_step])
+    assert row["images_per_s"] == pytest.approx(case.N / 1.0)
+
+    broken = contest(Contestant(OURS, off(4 * found.error)), Contestant("rival", right))
+    with pytest.raises(WrongResults, match="latents is off by"):
+        broken.time(OURS, BENCHMARK)
+    with pytest.raises(WrongResults):  # nor is a rival's speed reported
+        broken.time("rival", BENCHMARK)
+    assert broken.rows({}) == []
+
+
+def test_what_fails_becomes_a_row_with_its_reason():
+    def absent(given):
+        raise Absent("needs a GPU")
+
+    def missing(given):
+        import no_such_package  # noqa: F401
+
+    def fails(given):
+        return lambda: 1 / 0
+
+    rivals = {"absent": absent, "missing": missing, "fails": fails, "wrong": off(0.6), "rough": off(0.1)}
+    found = contest(*(Contestant(name, build) for name, build in rivals.items()), Contestant(OURS, fails))
+    reasons = {name: found.time(name, BENCHMARK) for name in found.entries}
+    assert reasons["rough"] is None and "latents is off by 6.0e-01" in reasons["wrong"]
+    assert reasons["missing"] == "no_such_package is not installed"
+    assert {row["contestant"]: row["reason"] for row in found.rows({})} == reasons
+    assert all(entry.step is None for entry in found.entries.values())  # the device is free for the next
+
+
+def test_without_a_truth_nobody_is_timed():
+    def too_large(case, given):
+        raise torch.OutOfMemoryError("31 GiB")
+
+    op = SimpleNamespace(
+        inputs=denoise.inputs, truth=too_large, contestants=lambda case: [Contestant(OURS, right)]
+    )  # fmt: skip
+    found = denoise.Contest(op, tiny())
+    assert found.time(OURS, BENCHMARK) == "no truth to compare with: out of memory"
+
+
+def test_the_attention_asked_for_is_the_one_that_is_compiled(monkeypatch):
+    """On a CPU PyTorch has flash attention and the formula, and none of cuDNN's."""
+    monkeypatch.setitem(denoise.KERNELS, "math", SDPBackend.MATH)
+    given, model = denoise.inputs(tiny()), denoise.transformer(tiny())
+    for name, layers in (("flash", 3), ("math", 0)):  # two joint ones, and the dual one of the first block
+        seen: list[str] = []
+
+        def keep(module, _, seen=seen):
+            seen += [str(node.target) for node in module.graph.nodes if "flash_attention" in str(node.target)]
+            return module.forward
+
+        torch._dynamo.reset()
+        backend = aot_autograd(fw_compiler=keep, inference_compiler=keep)
+        denoise.within(name, denoise.loop(torch.compile(model, backend=backend, fullgraph=True), given))()
+        assert len(seen) == layers, name
+    with pytest.raises(RuntimeError, match="No viable backend"):
+        denoise.within("cudnn", denoise.loop(model, given))()
+
+
+def test_full_size_cases_come_in_the_order_of_their_value():
+    cases = list(denoise.cases("cuda", quick=False))
+    assert len({str(case) for case in cases}) == len(cases) == 2 * 2 * 3 * 2
+    assert [(case.model, case.pixels, case.N, case.T) for case in cases[:4]] == [
+        ("large", 512, 8, 333), ("medium", 512, 8, 333), ("large", 1024, 8, 333), ("medium", 1024, 8, 333),
+    ]  # fmt: skip
+    (quick,) = (case for case in denoise.cases("cuda", quick=True) if case.model == "large")
+    assert (quick.pixels, quick.N, quick.T) == (512, 1, 333)

@@ -162,7 +162,7 @@ def sampler_counts(images: int = 8) -> str:
         ])  # fmt: skip
     header = ["SD3.5", "launches a step", "GB beside products and attention, an image-step"]
     header += ["TFLOP an image-step", "GB of weights on the GPU", "≈ ms an image-step on an H200"]
-    rates = ", ".join(f"{rate / 1e12:.0f} at {pixels}²" for pixels, rate in counted.ATTENTION.items())
+    rates = " and ".join(f"{rate / 1e12:.0f} ({pixels}²)" for pixels, rate in counted.ATTENTION.items())
     note = (
         f"{denoise.EAGER} → {OURS} with a modulation table, {images} images a batch, bfloat16. Launches, bytes and "
         f"FLOPs are counted, not measured: commit {commits(rows)}. ≈ predicted for an H200, not measured: products at "

@@ -43,7 +43,7 @@ TINY = "tiny"  # the model of a CPU
 # FLOP/s of dense bf16 products by the maker's data sheets; the first name that the device's contains
 PEAKS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "RTX 3090": 71e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "RTX 3090": 71e12,
 }  # fmt: skip
 KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}  # of PyTorch's own attention
 SLACK = 2  # our error may be so many times that of diffusers in the same dtype
@@ -77,10 +77,8 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         for images in (8, 1, 32):
             for model, pixels in (("large", 512), ("medium", 512), ("large", 1024), ("medium", 1024)):
                 if not quick or (tokens, images, pixels) == (333, 1, 512):
-                    variant = f"{model}-{pixels}-{tokens}"
-                    yield make(
-                        variant=variant, dtype=torch.bfloat16, N=images, T=tokens, model=model, pixels=pixels
-                    )  # fmt: skip
+                    size = {"N": images, "T": tokens, "model": model, "pixels": pixels}
+                    yield make(variant=f"{model}-{pixels}-{tokens}", dtype=torch.bfloat16, **size)
 
 
 def transformer(case: Case, **changes: Any) -> Any:
@@ -149,16 +147,15 @@ def fused(velocity: Tensor, sample: Tensor, sigma: Tensor, sigma_next: Tensor) -
     ).next_sample
 
 
-def loop(model: Any, given: SimpleNamespace, combine: Callable = eager, dtype: torch.dtype | None = None) -> Step:
+def loop(model: Any, given: SimpleNamespace, combine: Callable = eager) -> Step:
     """A sampler: from the noise to the latents of the images."""
-    dtype = dtype or given.context.dtype
 
     @torch.no_grad()
     def step() -> Results:
         x = given.latents
         for timestep, (sigma, sigma_next) in zip(given.timesteps, pairwise(given.sigmas), strict=True):
             velocity = model(
-                hidden_states=torch.cat([x, x]).to(dtype),
+                hidden_states=torch.cat([x, x]).to(given.context.dtype),
                 encoder_hidden_states=given.context,
                 pooled_projections=given.pooled_rows,
                 timestep=timestep.expand(2 * len(x)),
@@ -174,7 +171,7 @@ def truth(case: Case, given: SimpleNamespace) -> Truth:
     """The first image in fp32 (of an fp32 case in fp64), of the same weights."""
     wide = torch.float64 if case.dtype == torch.float32 else torch.float32
     model = cast(transformer(case), wide)
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return {"latents": (slice(0, 1), loop(model, first_image(given, wide))()["latents"].double())}
 
 

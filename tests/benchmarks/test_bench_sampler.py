@@ -128,9 +128,7 @@ def test_without_a_truth_nobody_is_timed():
     def too_large(case, given):
         raise torch.OutOfMemoryError("31 GiB")
 
-    op = SimpleNamespace(
-        inputs=denoise.inputs, truth=too_large, contestants=lambda case: [Contestant(OURS, right)]
-    )  # fmt: skip
+    op = SimpleNamespace(inputs=denoise.inputs, truth=too_large, contestants=lambda case: [Contestant(OURS, right)])
     found = denoise.Contest(op, tiny())
     assert found.time(OURS, BENCHMARK) == "no truth to compare with: out of memory"
 

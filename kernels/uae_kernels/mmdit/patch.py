@@ -36,7 +36,7 @@ class _State:
         self.attention = attention
         self.table = None if table is None else TableInUse(transformer, table)
         self.eps = transformer.norm_out.norm.eps
-        # Of the last two contexts, with guidance a prompt's and the negative one's: the tensor, its key, and it embedded
+        # Of the last two contexts (with guidance a prompt's and the negative one's): the tensor, its key, it embedded
         self.contexts: list[tuple[weakref.ref, tuple, Tensor]] = []
         self.processors = [(attn, attn.processor) for b in transformer.transformer_blocks for attn in _attentions(b)]
         self.passed_by = list(_passed_by(transformer))

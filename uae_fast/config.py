@@ -494,7 +494,11 @@ def invariants(config: Config) -> list[tuple[str, str]]:
     for key in FOLDERS:
         group, _, leaf = key.rpartition(".")
         need(bool(getattr(getattr(c, group) if group else c, leaf).strip()), key, "names no folder")
-    need(bool(DEVICE.fullmatch(c.device)), "device", f"no device {c.device!r}; choose auto, cpu, cuda, cuda:N or mps")
+    need(
+        bool(DEVICE.fullmatch(c.device)),
+        "device",
+        f"no device {_short(c.device)!r}; choose auto, cpu, cuda, cuda:N or mps",
+    )
     need(c.data.resolution >= 1, "data.resolution", "at least 1")
     need(c.data.max_bad < 1, "data.max_bad", "is a share: below 1")
     need(bool(c.stages), "stages", "no stage to run; choose from 0, 1, 2, 3")
@@ -502,7 +506,7 @@ def invariants(config: Config) -> list[tuple[str, str]]:
         need(stage in (0, 1, 2, 3), "stages", f"there is no stage {stage}; choose from 0, 1, 2, 3")
         need(c.stages.count(stage) == 1, "stages", f"stage {stage} is listed twice")
     for reporter in c.reporters:
-        need(reporter == "tensorboard", "reporters", f"no reporter {reporter!r}; choose from tensorboard")
+        need(reporter == "tensorboard", "reporters", f"no reporter {_short(reporter)!r}; choose from tensorboard")
     betas_fit = len(c.optimizer.betas) == 2 and all(0 <= beta < 1 for beta in c.optimizer.betas)
     need(betas_fit, "optimizer.betas", "two numbers of at least 0 and below 1 are needed")
     need(c.optimizer.eps > 0, "optimizer.eps", "must be above 0")

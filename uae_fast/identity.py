@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as content:
-            digest.update(f"{file.relative_to(path).as_posix()}\0".encode())
+            digest.update(os.fsencode(file.relative_to(path).as_posix()) + b"\0")  # a name may be any bytes
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
 

@@ -15,10 +15,24 @@ from uae_fast.config import PRESETS, Config, ConfigError, invariants, leaves, lo
 KEYS = leaves()
 TINY = (PRESETS / "tiny.yaml").read_text()
 ODD = ["${seed}", "${oc.env:HOME}", "???", "null", "~", "yes", "1e-5", ".nan", "1:30", "2024-01-01", "0x10", "["]
-TEXT = st.text(max_size=12) | st.sampled_from([*ODD, "\0", "\ud800", "\x85\u2028"])
+ODD += [
+    "\0",
+    "\ud800",
+    "\x85\u2028",
+    '"\\ud800"',
+    "inf",
+    "-.inf",
+    "9" * 5000,
+    "-1",
+    "0",
+    "1e400",
+    "!!binary aGk=",
+    "&a [*a]",
+]
+TEXT = st.text(max_size=12) | st.sampled_from(ODD)
 SCALAR = TEXT | st.integers() | st.floats() | st.booleans() | st.none() | st.dates() | st.binary(max_size=3)
 VALUE = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALAR, inner, max_size=3))
-FUZZ = settings(derandomize=True, max_examples=150, deadline=None, database=None)
+FUZZ = settings(derandomize=True, max_examples=100, deadline=None, database=None)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +69,8 @@ def fits(value, kind):
         return isinstance(value, list) and all(fits(item, get_args(kind)[0]) for item in value)
     if get_origin(kind) is Literal:
         return value in get_args(kind)
+    if kind is str and (value != value.encode("utf-8", "ignore").decode() or "\0" in value):
+        return False
     return type(value) is kind and (kind is not float or math.isfinite(value))
 
 
@@ -71,6 +87,14 @@ def test_any_value_under_any_key(file, key, value):
     found = read(file, yaml.dump(tree))
     if isinstance(found, list):
         assert all(key in problem for problem in found), "a mistake elsewhere"
+
+
+@pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
+def test_every_odd_value_under_every_key(file, text):
+    for key in KEYS:
+        group, _, leaf = key.rpartition(".")
+        read(file, "", f"{key}={text}")
+        read(file, f"{group}: {{{leaf}: {text}}}\n" if group else f"{leaf}: {text}\n")
 
 
 @FUZZ

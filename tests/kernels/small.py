@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from uae_kernels import group_advantages, grpo_loss, linear_logprobs, token_logprobs
+from uae_kernels import flow_grpo_loss, flow_step, group_advantages, grpo_loss, linear_logprobs, token_logprobs
+from uae_kernels.mmdit import Projections, Stream, gated_residual, qk_norm
 
 Inputs = dict[str, Tensor]
 
@@ -108,6 +109,74 @@ def policy_loss(impl: str, logprobs: Tensor, entropies: Tensor, **given: Tensor)
     return found
 
 
+def latents(device: str, rows: int) -> Inputs:
+    names = ("velocity", "uncond", "sample", "taken", "ref")
+    found = {name: torch.randn(3, 2, rows, device=device) for name in names}
+    sigmas = {
+        "sigma": torch.linspace(1.0, 0.5, 3, device=device),
+        "sigma_next": torch.linspace(0.8, 0.0, 3, device=device),
+    }
+    return found | sigmas | {"seed": torch.arange(3, device=device), "row": torch.randn(3, device=device)}
+
+
+def policy_step(
+    impl: str, velocity: Tensor, uncond: Tensor, sample: Tensor, taken: Tensor, **given: Tensor
+) -> list[Tensor]:
+    found = []
+    for kind, options in (("flow_sde", {"seed": given["seed"]}), ("cps", {"next_sample": taken})):
+        leaves = [leaf(velocity), leaf(uncond), leaf(sample)]
+        step = flow_step(
+            leaves[0], leaves[2], given["sigma"], given["sigma_next"], kind=kind, velocity_uncond=leaves[1],
+            guidance_scale=2.0, impl=impl, **options,
+        )  # fmt: skip
+        outputs = [step.mean, step.log_prob] + ([step.next_sample] if "seed" in options else [])
+        found += [*gradients(outputs, leaves), step.std]
+    return found
+
+
+def policy_step_loss(
+    impl: str, velocity: Tensor, uncond: Tensor, sample: Tensor, taken: Tensor, **given: Tensor
+) -> list[Tensor]:
+    found = []
+    for kind, kl in (("flow_sde", "gaussian"), ("cps", "velocity")):
+        leaves = [leaf(velocity), leaf(uncond), leaf(sample)]
+        out = flow_grpo_loss(
+            leaves[0], leaves[2], taken, given["row"], given["row"].flip(0), given["sigma"], given["sigma_next"],
+            kind=kind, ref_velocity=given["ref"], beta=0.1, kl=kl, clip_range=0.1, velocity_uncond=leaves[1],
+            guidance_scale=2.0, impl=impl,
+        )  # fmt: skip
+        found += gradients([out.loss, out.per_token], leaves) + [out.logprobs, *out.metrics.values()]
+    return found
+
+
+def streams(device: str, rows: int) -> Inputs:
+    shapes = {"image": (2, rows, 24), "text": (2, 3, 24), "rows": (2, 144), "bias": (24,)}
+    return {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+
+
+def residuals(impl: str, image: Tensor, text: Tensor, rows: Tensor, bias: Tensor) -> list[Tensor]:
+    parts = rows.chunk(6, 1)
+    leaves = [leaf(x) for x in (image, image.flip(1), text, text.flip(1))]
+    x, y, c, c_y = leaves
+    made = gated_residual(
+        Stream(x, (parts[:2], parts[2:4]), ((y, parts[4], bias), (y, parts[5], None))),
+        Stream(c, (parts[1:3],), ((c_y, parts[0], None),)),
+        impl=impl,
+    )
+    return gradients([part for stream in made for part in (stream.x, *stream.normalized)], leaves)
+
+
+def projections(device: str, rows: int) -> Inputs:
+    shapes = {"image": (2, rows, 72), "text": (2, 3, 72), "weights": (4, 8)}
+    return {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+
+
+def heads(impl: str, image: Tensor, text: Tensor, weights: Tensor) -> list[Tensor]:
+    leaves = [leaf(image), leaf(text)]
+    parts = [Projections(*x.chunk(3, -1), *weights[2 * i : 2 * i + 2]) for i, x in enumerate(leaves)]
+    return gradients(list(qk_norm(*parts, heads=3, impl=impl)), leaves)
+
+
 CASES: dict[str, tuple[Callable[[str, int], Inputs], Callable[..., list[Tensor]]]] = {
     "advantages": (rewards, advantages),
     "token_logprobs": (lambda device, rows: logits(device, rows, 131), from_logits),
@@ -115,4 +184,8 @@ CASES: dict[str, tuple[Callable[[str, int], Inputs], Callable[..., list[Tensor]]
     "linear_logprobs, frozen head": (head, frozen),
     "linear_logprobs, trained head": (head, trained),
     "grpo_loss": (sequences, policy_loss),
+    "flow_step": (latents, policy_step),
+    "flow_grpo_loss": (latents, policy_step_loss),
+    "gated_residual": (streams, residuals),
+    "qk_norm": (projections, heads),
 }

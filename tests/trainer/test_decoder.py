@@ -213,8 +213,10 @@ def test_it_takes_fewer_operations_than_diffusers(mode, trains):
     assert totals[0] < totals[1]
 
 
+@pytest.mark.parametrize("scale, count", [(1.0, 2), (3.0, 3)])
 @torch.no_grad()
-def test_a_context_is_embedded_once_for_all_steps(monkeypatch):
+def test_a_context_is_embedded_once_for_all_steps(scale, count, monkeypatch):
+    """Of two batches that draw with one negative prompt."""
     decoder, calls, linear = build("full"), [], torch.nn.Linear.forward
 
     def forward(layer, x):
@@ -225,8 +227,8 @@ def test_a_context_is_embedded_once_for_all_steps(monkeypatch):
     monkeypatch.setattr(torch.nn.Linear, "forward", forward)
     _, context = inputs(8)
     noise = initial_noise(range(8), decoder.latent_shape(32), decoder.device)
-    ode_path(decoder, noise, context, decoder.sigmas(8), 4, Guidance())
-    assert calls == [4, 4]
+    ode_path(decoder, noise, context, decoder.sigmas(8), 4, Guidance(scale, context[:1] + 1))
+    assert calls == [4] * count
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -36,7 +36,8 @@ class _State:
         self.attention = attention
         self.table = None if table is None else TableInUse(transformer, table)
         self.eps = transformer.norm_out.norm.eps
-        self.context: tuple[weakref.ref, tuple, Tensor] | None = None
+        # Of the last two contexts (with guidance a prompt's and the negative one's): the tensor, its key, it embedded
+        self.contexts: list[tuple[weakref.ref, tuple, Tensor]] = []
         self.processors = [(attn, attn.processor) for b in transformer.transformer_blocks for attn in _attentions(b)]
         self.passed_by = list(_passed_by(transformer))
 
@@ -251,13 +252,16 @@ def _context(model: Any, given: Tensor) -> Tensor:
     # What a CUDA graph replays must be computed within it
     captured = given.is_cuda and torch.cuda.is_current_stream_capturing()
     if torch.is_grad_enabled() or captured or not _is_plain(layer) or version(given) is None:
-        state.context = None
+        state.contexts = []
         return layer(given)
     weights = layer.weight.data_ptr(), version(layer.weight), version(layer.bias)
     key = version(given), weights, torch.is_autocast_enabled()
-    if state.context is None or state.context[0]() is not given or state.context[1] != key:
-        state.context = weakref.ref(given), key, layer(given)
-    return state.context[2]
+    for known, known_key, embedded in state.contexts:
+        if known() is given and known_key == key:
+            return embedded
+    embedded = layer(given)
+    state.contexts = [*state.contexts[-1:], (weakref.ref(given), key, embedded)]
+    return embedded
 
 
 def _join(state: _State, *streams: Stream) -> list[Modulated]:

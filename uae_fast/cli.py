@@ -116,10 +116,10 @@ def run_check(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from .config import load_config
-    from .models.loading import models_folder
+    from .models.sources import find_sources
 
     config = load_config(arguments.config, arguments.overrides)
-    models_folder(config)
+    find_sources(config)
     table = Table("stage", "steps", "images", "× group", "= samples", "in micro-batches of", "optimiser steps")
     for number in config.stages:
         stage = getattr(config, f"stage{number}")

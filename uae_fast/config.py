@@ -27,7 +27,27 @@ class ModelsConfig:
     """Which models, and what of them trains."""
 
     path: str = "tiny"
-    """"tiny" for the small weights that ship with the package, or a folder laid out like them."""
+    """"tiny" for the small weights that ship with the package, a folder laid out like them, or nothing ("") where the
+    keys below name every part; the projector is a new one then."""
+    encoder_from: str = ""
+    """Instead of the folder's encoder: another folder, or owner/name@commit of a Hub repository."""
+    decoder_from: str = ""
+    """Instead of the folder's decoder: another folder, or owner/name@commit of a Hub repository."""
+    load: Literal["pretrained", "dummy"] = "pretrained"
+    """dummy: random weights of the same shapes, made on the device without a file, to try out speed and memory."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of frozen weights. Adapters, projector, reward, and what trains in full are in float32."""
+    encoder_quantization: Literal["none", "nf4", "int8"] = "none"
+    """Of the frozen language model under its adapter: 4-bit NormalFloat, or LLM.int8()."""
+    decoder_quantization: Literal["none", "nf4", "int8"] = "none"
+    """Of the frozen transformer blocks under their adapter."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass instead of keeping their activations."""
+    offload: bool = False
+    """Keep in host memory what is not computing: encoder, decoder and reward take turns on the device."""
+    cache: str = ""
+    """Folder for the pooled condition, which the decoder's text encoders make once. Unless given: beside a decoder that
+    is in a folder, else in the run's folder."""
     encoder: Literal["lora", "full"] = "lora"
     """What trains of the encoder's language model; vision tower and LM head never do."""
     decoder: Literal["lora", "full"] = "lora"
@@ -51,6 +71,9 @@ class CaptionConfig:
     """How captions are written."""
 
     prompt: str = "describe the image"
+    image_tokens: int = 0
+    """The most tokens an image takes in the encoder's context; larger images are made smaller. 0: as the encoder's
+    image processor says."""
     max_new_tokens: int = 512
     temperature: float = 0.7
     """Of evaluation, stage 3 and `uae-fast caption`; stage 2 samples with its own."""
@@ -77,6 +100,24 @@ class RenderConfig:
     negative_prompt: str = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."
     batch: int = 8
     """Images drawn at once; a short batch is padded to it, so that a drawing never depends on its neighbours."""
+
+
+@dataclass
+class RewardConfig:
+    """What a reconstruction is compared by."""
+
+    encoders: list[str] = field(default_factory=list)
+    """Image encoders (CLIP, SigLIP, DINOv2 or DINOv3): folders, or owner/name@commit of Hub repositories. Empty: the
+    one in `models.path`."""
+    weights: list[float] = field(default_factory=list)
+    """Of each encoder's cosine in the reward; equal if empty."""
+    heldout: str = ""
+    """One more image encoder that is reported beside the reward and never trained on: it shows a reward that is merely
+    being pleased."""
+    free_tokens: int = 0
+    """Length control of stage 2: tokens a caption may have without a loss of reward."""
+    token_penalty: float = 0.0
+    """Reward taken off in stage 2 for every token beyond `free_tokens`; 0 turns length control off."""
 
 
 @dataclass
@@ -210,6 +251,7 @@ class Config:
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     render: RenderConfig = field(default_factory=RenderConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     stage0: Stage0Config = field(default_factory=Stage0Config)
     stage1: Stage1Config = field(default_factory=Stage1Config)
@@ -398,6 +440,30 @@ def invariants(config: Config) -> list[tuple[str, str]]:
     need(c.caption.temperature > 0, "caption.temperature", "must be above 0")
     need(c.caption.max_new_tokens >= 1, "caption.max_new_tokens", "at least 1")
     need(c.models.lora_rank >= 1, "models.lora_rank", "at least 1")
+    for part in ("encoder", "decoder"):
+        quantization = getattr(c.models, f"{part}_quantization")
+        key = f"models.{part}_quantization"
+        need(
+            quantization == "none" or getattr(c.models, part) == "lora",
+            key,
+            f"quantised weights do not train in full: set models.{part} to lora",
+        )
+        need(
+            quantization != "int8" or not c.models.offload,
+            key,
+            "int8 weights cannot be moved by models.offload: choose nf4",
+        )
+    encoders, weights = c.reward.encoders or [""], c.reward.weights
+    need(
+        len(weights) in (0, len(encoders)),
+        "reward.weights",
+        f"{len(weights)} weights for {len(encoders)} encoders (reward.encoders)",
+    )
+    need(
+        all(weight >= 0 for weight in weights) and (not weights or sum(weights) > 0),
+        "reward.weights",
+        "must not be negative, nor all 0",
+    )
     need(c.checkpoint.every >= 1, "checkpoint.every", "at least 1")
     need(c.checkpoint.keep >= 1, "checkpoint.keep", "at least 1")
     return found

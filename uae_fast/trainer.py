@@ -19,7 +19,8 @@ from .config import Config, ConfigError, save_config
 from .data import ImageFolder
 from .evaluate.heldout import Evaluator
 from .logging import ProgressLine, RunLog
-from .models.loading import load_models, models_folder
+from .models.loading import load_models
+from .models.sources import find_sources
 from .optim import RunningMean, build_optimizer, optimizer_tensors, restore_optimizer, warm_up
 from .report import write_report
 from .stages import Metrics, Stage
@@ -76,7 +77,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
         raise ConfigError([f"run: {folder} has no checkpoint to resume from"])
     if not resume and (folder / "metrics.jsonl").exists():
         raise ConfigError([f"run: {folder} has a run already; go on with --resume, or name another folder (run=…)"])
-    models_folder(config)
+    find_sources(config)
     stages = [STAGES[number] for number in config.stages]
     data = ImageFolder(config.data.train, "data.train", captions=any(stage.needs_captions for stage in stages))
     heldout = ImageFolder(config.data.heldout, "data.heldout")

@@ -14,7 +14,7 @@ from ..config import Config
 from ..data import Example, ImageFolder
 from ..logging import ProgressLine
 from ..models import Models
-from ..models.loading import models_folder
+from ..models.sources import models_folder
 from ..rollout.captions import sample_captions
 from ..rollout.renders import render, render_guidance
 from ..seeds import derive_seed
@@ -36,8 +36,9 @@ class Evaluator:
         self.count = min(config.evaluate.images, len(data))
         self.data = data
         weights = models_folder(config)
-        judged = (weights / "classifier.safetensors").is_file() and data.captioned
-        self.classifier = Classifier.load(weights) if judged else None
+        self.classifier = None
+        if weights is not None and (weights / "classifier.safetensors").is_file() and data.captioned:
+            self.classifier = Classifier.load(weights)
 
     def measure(self, moment: str) -> None:
         """Captions, reconstructs and scores the held-out images under the name of `moment`; does so only once."""

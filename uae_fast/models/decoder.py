@@ -69,6 +69,9 @@ class Decoder(nn.Module):
 
             config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
             self.transformer.add_adapter(config)
+            for name, parameter in self.transformer.named_parameters():
+                if ".lora_" in name:
+                    parameter.data = parameter.data.float()  # whatever the base is kept in
             self.has_adapter = True
             self.freeze()
 
@@ -78,6 +81,11 @@ class Decoder(nn.Module):
         for parameter in parameters:
             parameter.requires_grad_(True)
         return parameters
+
+    def checkpoint_gradients(self) -> None:
+        """From now on blocks of transformer and VAE are computed again in the backward pass, not kept for it."""
+        self.transformer.enable_gradient_checkpointing()
+        self.vae.enable_gradient_checkpointing()
 
     def freeze(self) -> None:
         """Nothing of the decoder trains."""

@@ -6,11 +6,13 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 READER = "reader"  # the name of the adapter that re-reads captions; the policy's is "default"
@@ -73,6 +75,7 @@ class Encoder(nn.Module):
     """
 
     model: Any
+    place: Tensor  # empty; says which device inputs belong on
 
     def __init__(self, model, tokenizer, image_processor, *, caption_prompt: str, condition_length: int):
         super().__init__()
@@ -82,6 +85,7 @@ class Encoder(nn.Module):
         self.condition_length = condition_length
         self.reader_copy: Any = None
         self.adapters: Any = None  # the PeftModel around self.model
+        self.register_buffer("place", torch.empty(0), persistent=False)
         self.requires_grad_(False).eval()
 
         user_turn = [{"type": "text", "text": caption_prompt}, {"type": "image"}]
@@ -103,7 +107,7 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        return self.place.device
 
     @property
     def head(self) -> nn.Linear:
@@ -157,6 +161,14 @@ class Encoder(nn.Module):
         for parameter in parameters:
             parameter.requires_grad_(True)
         return parameters
+
+    def checkpoint_gradients(self) -> None:
+        """From now on layers of the language model are computed again in the backward pass, not kept for it."""
+        language_model = self.model.model.language_model
+        for layer in language_model.layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        language_model.register_forward_pre_hook(_checkpoint_where_gradients_flow)
 
     def freeze(self) -> None:
         """Nothing of the encoder trains."""
@@ -272,3 +284,9 @@ class Encoder(nn.Module):
                 inputs_embeds=self.model.get_input_embeddings()(ids), attention_mask=mask.long(), use_cache=False
             ).last_hidden_state
         return states, mask
+
+
+def _checkpoint_where_gradients_flow(language_model: Any, _: Any) -> None:
+    """transformers checkpoints layers in training mode, and takes their cache away: sampling must not be in it."""
+    for layer in language_model.layers:
+        layer.training = torch.is_grad_enabled()  # of the layer alone: its parts stay in evaluation mode

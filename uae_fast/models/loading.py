@@ -1,69 +1,85 @@
-"""Models from folders and into folders, in the layouts their own libraries read and write."""
+"""Models from folders and from the Hub, and into folders, in the layouts their own libraries read and write."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..checkpoint import checkpoints, find_moment, load_checkpoint, read_state
 from ..config import Config, ConfigError, load_config
 from ..seeds import derive_seed
 from . import Models
 from .decoder import Decoder
+from .dummy import dummy_tokenizer, empty, fill
 from .encoder import Encoder
+from .offload import Offloader
 from .projector import Projector
-from .reward import Reward
+from .quantize import quantize_linears
+from .reward import ImageEncoder, Reward
+from .sources import Source, find_sources
 
-TINY = Path(__file__).parent.parent / "tiny" / "weights"
 MAX_SHARD = "2MB"
-
-
-def models_folder(config: Config) -> Path:
-    """The folder behind `models.path`.
-
-    Raises:
-        ConfigError: there is none, or a part is missing in it.
-    """
-    folder = TINY if config.models.path == "tiny" else Path(config.models.path)
-    for part in (
-        "encoder",
-        "decoder/transformer",
-        "decoder/vae",
-        "decoder/scheduler",
-        "projector.safetensors",
-        "reward",
-    ):
-        if not (folder / part).exists():
-            raise ConfigError([f'models.path: {folder} has no {part}; "tiny" names the weights in the package'])
-    return folder
+PROJECTOR_WIDTH = 8192  # of a new projector (METHOD §1)
 
 
 def load_models(config: Config) -> Models:
-    """The networks of a configuration, frozen, in fp32, with what trains prepared.
+    """The networks of a configuration, frozen, on its device, with what trains prepared.
 
-    `models.path` is a folder of ``encoder/`` (model, tokenizer, image processor), ``decoder/`` (transformer, vae,
-    scheduler, pooled.safetensors), ``projector.safetensors`` and ``reward/`` (a CLIP model).
+    Each part comes from where `models` and `reward` say (`find_sources`): safetensors alone, and no code but the
+    libraries' own. Frozen weights are in `models.dtype` or quantised; adapters, the projector, whatever trains in full
+    and the reward's image encoders are in fp32.
+
+    Raises:
+        ConfigError: a part is missing, or has no safetensors.
     """
-    folder = models_folder(config)
+    sources, settings = find_sources(config), config.models
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    seed = derive_seed(config.seed, "dummy") if settings.load == "dummy" else None
+
+    def options(trains: str, quantization: str = "none") -> dict[str, Any]:
+        dtype = torch.float32 if trains == "full" else getattr(torch, settings.dtype)
+        return {"dtype": dtype, "device": device, "quantization": quantization, "seed": seed}
+
+    encoder = load_encoder(
+        sources.encoder,
+        caption_prompt=config.caption.prompt,
+        condition_length=config.condition.length,
+        image_tokens=config.caption.image_tokens,
+        **options(settings.encoder, settings.encoder_quantization),
+    )
+    decoder = load_decoder(
+        sources.decoder,
+        cache_folder(config, sources.decoder),
+        **options(settings.decoder, settings.decoder_quantization),
+    )
     models = Models(
-        load_encoder(
-            folder / "encoder", caption_prompt=config.caption.prompt, condition_length=config.condition.length
-        ),
-        load_projector(folder),
-        load_decoder(folder / "decoder"),
-        load_reward(folder / "reward"),
+        encoder,
+        load_projector(sources.projector)
+        if sources.projector is not None
+        else new_projector(encoder, decoder, derive_seed(config.seed, "projector")),
+        decoder,
+        Reward([load_image_encoder(source, device, seed) for source in sources.rewards], config.reward.weights),
+        heldout=None if sources.heldout is None else Reward([load_image_encoder(sources.heldout, device, seed)]),
         reader="reader" if config.condition.adapter == "frozen" else "policy",
     )
-    settings = config.models
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(config.seed, "lora"))
         models.encoder.prepare_training(settings.encoder, settings.lora_rank, settings.lora_alpha)
         models.decoder.prepare_training(settings.decoder, settings.lora_rank, settings.lora_alpha)
-    return models.to(device)
+    if settings.gradient_checkpointing:
+        models.encoder.checkpoint_gradients()
+        models.decoder.checkpoint_gradients()
+    models.to(device)
+    if settings.offload:
+        Offloader(models, device)
+    return models
 
 
 def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
@@ -73,18 +89,55 @@ def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
     encoder.image_processor.save_pretrained(folder)
 
 
-def load_encoder(folder: Path, *, caption_prompt: str, condition_length: int) -> Encoder:
-    """An encoder in fp32 from a folder with model, tokenizer and image processor."""
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+def load_encoder(
+    source: Source,
+    *,
+    caption_prompt: str,
+    condition_length: int,
+    image_tokens: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    quantization: str = "none",
+    seed: int | None = None,
+) -> Encoder:
+    """A Qwen2.5-VL with its tokenizer and image processor.
+
+    Args:
+        source: model (``config.json``, safetensors), tokenizer and image processor.
+        caption_prompt, condition_length: as `Encoder` takes them.
+        image_tokens: the most tokens of an image; 0 as the image processor says.
+        dtype: of the weights.
+        device: where quantised or random weights are made.
+        quantization: of the linear layers of the language model, its head excepted: "none", "nf4" or "int8".
+        seed: not None: the weights are random, and nothing but the configuration is read.
+    """
+    from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    return Encoder(
-        Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(folder),
-        Qwen2VLImageProcessorPil.from_pretrained(folder),
-        caption_prompt=caption_prompt,
-        condition_length=condition_length,
-    )
+    device = device or torch.device("cpu")
+    if seed is None:
+        model = _pretrained(Qwen2_5_VLForConditionalGeneration, source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(**source.pretrained())
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(**source.pretrained())
+        if quantization != "none":
+            quantize_linears(model, [model.model.language_model.layers], quantization, device)
+    else:
+        config: Any = Qwen2_5_VLConfig(**source.configuration("model"))
+        vision = config.vision_config
+        model = empty(lambda: Qwen2_5_VLForConditionalGeneration(config))
+        fill(model, device, dtype, seed, quantization=quantization, inside=[model.model.language_model.layers])
+        tokenizer = dummy_tokenizer(config)
+        image_processor = Qwen2VLImageProcessorPil(
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            merge_size=vision.spatial_merge_size,
+            size=source.configuration("preprocessor").get("size"),
+        )
+    if image_tokens:
+        pixels = image_tokens * (image_processor.patch_size * image_processor.merge_size) ** 2
+        smallest = min(image_processor.size["shortest_edge"], pixels)
+        image_processor.size = {"shortest_edge": smallest, "longest_edge": pixels}
+    return Encoder(model, tokenizer, image_processor, caption_prompt=caption_prompt, condition_length=condition_length)
 
 
 def save_decoder(decoder: Decoder, projector: Projector, folder: Path, dtype: torch.dtype) -> None:
@@ -92,6 +145,11 @@ def save_decoder(decoder: Decoder, projector: Projector, folder: Path, dtype: to
     decoder.transformer.to(dtype).save_pretrained(folder / "decoder" / "transformer", max_shard_size=MAX_SHARD)
     decoder.scheduler.save_pretrained(folder / "decoder" / "scheduler")
     save_file({"pooled": decoder.pooled.to(dtype).contiguous()}, folder / "decoder" / "pooled.safetensors")
+    save_projector(projector, folder, dtype)
+
+
+def save_projector(projector: Projector, folder: Path, dtype: torch.dtype) -> None:
+    """Writes `projector.safetensors` into `folder`."""
     weights = {name: value.to(dtype).contiguous() for name, value in projector.state_dict().items()}
     save_file(weights, folder / "projector.safetensors")
 
@@ -102,34 +160,137 @@ def save_reward(model, folder: Path, mean: list[float], std: list[float], dtype:
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
 
 
-def load_projector(folder: Path) -> Projector:
+def load_projector(file: Path) -> Projector:
     """A projector in fp32 from `projector.safetensors`, whose shapes it takes."""
-    weights = {name: value.float() for name, value in load_file(folder / "projector.safetensors").items()}
+    weights = {name: value.float() for name, value in load_file(file).items()}
     up, down = weights["up.weight"], weights["down.weight"]
     projector = Projector(up.shape[1], up.shape[0], down.shape[0])
     projector.load_state_dict(weights)
     return projector.requires_grad_(False)
 
 
-def load_decoder(folder: Path) -> Decoder:
-    """A decoder in fp32 from a folder with transformer, vae, scheduler and pooled.safetensors."""
+def new_projector(encoder: Encoder, decoder: Decoder, seed: int) -> Projector:
+    """An untrained projector between an encoder's states and a decoder's context."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        projector = Projector(
+            encoder.model.config.text_config.hidden_size,
+            PROJECTOR_WIDTH,
+            decoder.transformer.config.joint_attention_dim,
+        )
+    return projector.requires_grad_(False)
+
+
+def load_decoder(
+    source: Source,
+    cache: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    quantization: str = "none",
+    seed: int | None = None,
+) -> Decoder:
+    """An SD3 decoder, its parts laid out as diffusers saves a `StableDiffusion3Pipeline`.
+
+    Args:
+        source: transformer, vae, scheduler, and pooled.safetensors or the text encoders with their tokenizers.
+        cache: where the pooled condition is kept once the text encoders have made it.
+        dtype, device, quantization, seed: as of `load_encoder`; quantised are the transformer's blocks.
+    """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-    return Decoder(
-        SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32),
-        AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
-        FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        load_file(folder / "pooled.safetensors")["pooled"].float(),
-    )
+    device = device or torch.device("cpu")
+    if seed is None:
+        transformer = _pretrained(SD3Transformer2DModel, source, "transformer", torch_dtype=dtype)
+        vae = _pretrained(AutoencoderKL, source, "vae", torch_dtype=dtype)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**source.pretrained("scheduler"))
+        pooled = pooled_condition(source, cache)
+        if quantization != "none":
+            quantize_linears(transformer, [transformer.transformer_blocks], quantization, device)
+    else:
+        transformer = empty(lambda: SD3Transformer2DModel.from_config(source.configuration("transformer")))
+        fill(transformer, device, dtype, seed, quantization=quantization, inside=[transformer.transformer_blocks])
+        vae = empty(lambda: AutoencoderKL.from_config(source.configuration("vae")))
+        fill(vae, device, dtype, seed)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(source.configuration("scheduler"))
+        pooled = torch.zeros(transformer.config.pooled_projection_dim)
+    return Decoder(transformer, vae, scheduler, pooled)
 
 
-def load_reward(folder: Path) -> Reward:
-    """A reward in fp32 from a CLIP model's folder."""
-    from transformers import CLIPModel
+def cache_folder(config: Config, decoder: Source) -> Path:
+    """Where what is computed once of a decoder is kept: `models.cache`, else beside it, else in the run's folder."""
+    if config.models.cache:
+        return Path(config.models.cache)
+    return decoder.folder if decoder.folder is not None else Path(config.run) / "cache"
 
-    normalisation = json.loads((folder / "preprocessor_config.json").read_text())
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
-    return Reward(model, normalisation["image_mean"], normalisation["image_std"])
+
+def pooled_condition(source: Source, cache: Path) -> Tensor:
+    """The pooled embedding (D,), fp32, of the empty prompt: from `pooled.safetensors`, the cache, or the text encoders.
+
+    The text encoders are loaded for this once and let go; their answer is written into `cache`.
+    """
+    if source.folder is not None and (source.folder / "pooled.safetensors").is_file():
+        return load_file(source.folder / "pooled.safetensors")["pooled"].float()
+    names = json.dumps([source.name, source.revision])
+    name = "pooled" if cache == source.folder else f"pooled-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+    path = cache / f"{name}.safetensors"
+    if not path.is_file():
+        pooled = torch.cat([_empty_prompt(source, number) for number in ("", "_2")])
+        cache.mkdir(parents=True, exist_ok=True)
+        save_file({"pooled": pooled.contiguous()}, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+    return load_file(path)["pooled"].float()
+
+
+@torch.no_grad()
+def _empty_prompt(source: Source, number: str) -> Tensor:
+    """The projected pooled embedding (D,) that text encoder `number` ("" or "_2") has of the empty prompt."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(**source.pretrained(f"tokenizer{number}"))
+    model = _pretrained(CLIPTextModelWithProjection, source, f"text_encoder{number}", dtype=torch.float32)
+    tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    return model(tokens["input_ids"]).text_embeds[0]
+
+
+def load_image_encoder(source: Source, device: torch.device | None = None, seed: int | None = None) -> ImageEncoder:
+    """An image encoder in fp32: the image tower of a CLIP or SigLIP, or a DINOv2 or DINOv3.
+
+    Args:
+        source: model and `preprocessor_config.json`.
+        device, seed: as of `load_encoder`.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    processor = source.configuration("preprocessor")
+    if seed is None:
+        model = _pretrained(AutoModel, source, dtype=torch.float32)
+    else:
+        config = AutoConfig.for_model(**source.configuration("model"))
+        model = empty(lambda: AutoModel.from_config(config))
+    for part in ("text_model", "text_projection"):
+        if hasattr(model, part):
+            delattr(model, part)
+    if seed is not None:
+        fill(model, device or torch.device("cpu"), torch.float32, seed)
+    shape = processor.get("crop_size") or processor.get("size") or {}
+    size = shape.get("height") if isinstance(shape, dict) else shape
+    return ImageEncoder(model, processor["image_mean"], processor["image_std"], size)
+
+
+def _pretrained(library_class: Any, source: Source, subfolder: str = "", **options: Any) -> Any:
+    """`from_pretrained` of safetensors files alone, every tensor found; what is wrong becomes the user's message."""
+    place = "/".join(filter(None, (source.name + (f"@{source.revision}" if source.revision else ""), subfolder)))
+    try:
+        model, report = library_class.from_pretrained(
+            **source.pretrained(subfolder), use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError([f"models: {place}: {str(error).strip().splitlines()[0]}"]) from None
+    if missing := sorted(report["missing_keys"]):
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ConfigError([f"models: {place}: tensors are missing: {shown}"])
+    return model
 
 
 def load_run(run: Path, at: str | None) -> tuple[Config, Models]:

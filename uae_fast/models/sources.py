@@ -1,0 +1,188 @@
+"""Where models come from, folders or revisions of Hub repositories, and what their configurations say in advance."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, ConfigError
+
+TINY = Path(__file__).parent.parent / "tiny" / "weights"
+SHAPES = Path(__file__).parent / "shapes"
+HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)(@(?P<revision>[0-9a-f]{40}))?")
+FILES = {
+    "model": "config.json",
+    "preprocessor": "preprocessor_config.json",
+    "transformer": "transformer/config.json",
+    "vae": "vae/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder, or a Hub repository at one commit.
+
+    Attributes:
+        name: the folder, or "owner/name".
+        revision: the commit of a Hub repository; None for a folder.
+    """
+
+    name: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, key: str) -> Source:
+        """Reads "folder" or "owner/name@commit", the value of the configuration key `key`.
+
+        Raises:
+            ConfigError: no such folder, or a Hub repository without a commit.
+        """
+        if Path(text).is_dir():
+            return cls(text)
+        match = HUB_ID.fullmatch(text)
+        if match is None:
+            raise ConfigError([f"{key}: {text!r} is neither a folder nor owner/name@commit of a Hub repository"])
+        if match["revision"] is None:
+            known = shipped_shape(match["name"])
+            pinned = f"{text.partition('@')[0]}@{known['revision'] if known else '<the 40 digits of a commit>'}"
+            raise ConfigError([f"{key}: there is no folder {text}; a Hub repository needs its revision: {pinned}"])
+        return cls(match["name"], match["revision"])
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder, or None for a Hub repository."""
+        return Path(self.name) if self.revision is None else None
+
+    def pretrained(self, subfolder: str = "") -> dict[str, Any]:
+        """Keyword arguments for a library's `from_pretrained`."""
+        if self.revision is None:
+            return {"pretrained_model_name_or_path": str(Path(self.name) / subfolder)}
+        return {"pretrained_model_name_or_path": self.name, "revision": self.revision, "subfolder": subfolder}
+
+    def has(self, file: str) -> bool:
+        """Whether a folder has a file (or subfolder); a Hub repository is believed to have everything."""
+        return self.folder is None or (self.folder / file).exists()
+
+    def configuration(self, part: str) -> dict[str, Any]:
+        """A part's configuration ("model", "preprocessor", "transformer", "vae" or "scheduler") as its JSON says.
+
+        Of a folder it is read there; of a repository whose shape ships with the package, from the package; of any
+        other it is downloaded.
+        """
+        if self.folder is not None:
+            return json.loads((self.folder / FILES[part]).read_text(encoding="utf-8"))
+        shipped = shipped_shape(self.name)
+        if shipped is not None:
+            return shipped[part]
+        from huggingface_hub import hf_hub_download
+
+        path = hf_hub_download(self.name, FILES[part], revision=self.revision)
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def shipped_shape(name: str) -> dict[str, Any] | None:
+    """The configurations of a well-known Hub repository, with the "revision" they were read at; None for others."""
+    path = SHAPES / f"{name.replace('/', '--')}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where each part of a run comes from.
+
+    Attributes:
+        encoder: model, tokenizer and image processor.
+        decoder: transformer, vae, scheduler and, for the pooled condition, `pooled.safetensors` or the text encoders.
+        projector: `projector.safetensors`, or None for a new one.
+        rewards: image encoders whose cosines the reward is made of.
+        heldout: the image encoder that is only reported, if there is one.
+    """
+
+    encoder: Source
+    decoder: Source
+    projector: Path | None
+    rewards: tuple[Source, ...]
+    heldout: Source | None
+
+
+def models_folder(config: Config) -> Path | None:
+    """The folder behind `models.path`; None where that is empty."""
+    path = config.models.path
+    return TINY if path == "tiny" else Path(path) if path else None
+
+
+def find_sources(config: Config) -> Sources:
+    """The sources of a configuration's models.
+
+    Raises:
+        ConfigError: with every part that is missing or misnamed, and with what does not fit (`problems_of_fit`).
+    """
+    folder, problems = models_folder(config), []
+
+    def find(text: str, key: str, place: str, needs: tuple[str, ...]) -> Source | None:
+        if not text and folder is None:
+            problems.append(f"{key}: names nothing, and neither does models.path")
+            return None
+        try:
+            source = Source.parse(text, key) if text else Source(str(folder / place))  # type: ignore[operator]
+        except ConfigError as error:
+            problems.extend(error.problems)
+            return None
+        for need in needs:
+            if not source.has(need):
+                inside, part = (source.folder, need) if text else (folder, f"{place}/{need}")
+                hint = "" if text else '; "tiny" names the weights in the package'
+                problems.append(f"{key if text else 'models.path'}: {inside} has no {part}{hint}")
+        return source
+
+    encoder = find(config.models.encoder_from, "models.encoder_from", "encoder", ("config.json",))
+    decoder = find(config.models.decoder_from, "models.decoder_from", "decoder", ("transformer", "vae", "scheduler"))
+    rewards = [find(text, "reward.encoders", "reward", ("config.json",)) for text in config.reward.encoders or [""]]
+    heldout = config.reward.heldout and find(config.reward.heldout, "reward.heldout", "", ("config.json",))
+    projector = folder / "projector.safetensors" if folder is not None else None
+    if projector is not None and not projector.is_file():
+        problems.append(f'models.path: {folder} has no projector.safetensors; "tiny" names the weights in the package')
+    if problems:
+        raise ConfigError(problems)
+    assert encoder is not None and decoder is not None
+    sources = Sources(encoder, decoder, projector, tuple(filter(None, rewards)), heldout or None)
+    if misfits := problems_of_fit(config, sources):
+        raise ConfigError(misfits)
+    return sources
+
+
+def image_tokens(config: Config, encoder: Source) -> int:
+    """The most tokens an image takes in the encoder's context."""
+    if config.caption.image_tokens:
+        return config.caption.image_tokens
+    processor, vision = encoder.configuration("preprocessor"), encoder.configuration("model")["vision_config"]
+    side = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
+    pixels = processor.get("max_pixels") or (processor.get("size") or {}).get("longest_edge") or 28 * 28 * 1280
+    return pixels // side**2
+
+
+def problems_of_fit(config: Config, sources: Sources) -> list[str]:
+    """What does not fit together, told from the parts' configurations alone: nothing has been loaded."""
+    found = []
+    model = sources.encoder.configuration("model")
+    text = model.get("text_config", model)
+    context = text["max_position_embeddings"]
+    tokens, words, captions = image_tokens(config, sources.encoder), len(config.caption.prompt.split()), config.caption
+    if tokens + words + captions.max_new_tokens > context:
+        found.append(
+            f"caption.image_tokens: up to {tokens} tokens of an image, the prompt's {words} words and "
+            f"caption.max_new_tokens = {captions.max_new_tokens} do not fit the encoder's context of {context}"
+        )
+    if config.condition.length > context:
+        found.append(f"condition.length: {config.condition.length} does not fit the encoder's context of {context}")
+    transformer, vae = sources.decoder.configuration("transformer"), sources.decoder.configuration("vae")
+    patch = transformer["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    largest = patch * transformer["pos_embed_max_size"]
+    if config.data.resolution % patch or not 0 < config.data.resolution <= largest:
+        side = config.data.resolution
+        found.append(f"data.resolution: the decoder draws multiples of {patch} pixels up to {largest}, not {side}")
+    return found

@@ -73,6 +73,15 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--at", choices=MOMENTS, help="which moment of the run; its last one unless given")
         added.add_argument("--seed", type=int, default=0, help="of captions and drawings (default: 0)")
 
+    imported = command("import-uae", run_import_uae, "read the weights that UAE's authors released into a run's folder")
+    imported.add_argument("folder", type=Path, metavar="DIR", help="with llm, llm_lora, dit and dit_lora")
+    imported.add_argument("out", type=Path, metavar="OUT", help="the run's folder, for --run")
+    imported.add_argument("overrides", nargs="*", metavar="key=value", help="of the run's configuration")
+    place = "a folder or owner/name@commit; default: "
+    imported.add_argument("--sd3", default="", help=f"Stable Diffusion 3.5 large, {place}DIR/SD3")
+    imported.add_argument("--processor", default="", help=f"tokenizer and image processor, {place}DIR/llm_processor")
+    imported.add_argument("--reward", default="", help=f"image encoder of the reward, {place}CLIP ViT-L/14")
+
     report = command("report", run_report, "write a run's report.html")
     report.add_argument("run", type=Path, metavar="RUN")
     command("env", run_env, "print versions and hardware")
@@ -191,6 +200,24 @@ def run_generate(arguments: argparse.Namespace) -> int:
     config, models = open_models(arguments)
     to_image(draw([arguments.text], [arguments.seed], config, models)[0]).save(arguments.out)
     print(f"wrote {arguments.out}")
+    return 0
+
+
+def run_import_uae(arguments: argparse.Namespace) -> int:
+    quiet_libraries()
+    from .models.importing import import_uae
+
+    notes = import_uae(
+        arguments.folder,
+        arguments.out,
+        sd3=arguments.sd3,
+        processor=arguments.processor,
+        reward=arguments.reward,
+        overrides=arguments.overrides,
+    )
+    for note in notes:
+        print(note)
+    print(f"wrote {arguments.out}; caption with it: uae-fast caption IMAGE --run {arguments.out}")
     return 0
 
 

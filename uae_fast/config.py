@@ -35,6 +35,8 @@ class ModelsConfig:
     """Instead of the folder's decoder: another folder, or owner/name@commit of a Hub repository."""
     load: Literal["pretrained", "dummy"] = "pretrained"
     """dummy: random weights of the same shapes, made on the device without a file, to try out speed and memory."""
+    start: str = ""
+    """A checkpoint (a folder of a run's `checkpoints`) whose adapters or weights everything starts from."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of frozen weights. Adapters, projector, reward, and what trains in full are in float32."""
     encoder_quantization: Literal["none", "nf4", "int8"] = "none"

@@ -13,7 +13,7 @@ from uae_fast.config import ConfigError, load_config
 from uae_fast.data import ImageFolder
 from uae_fast.models.dummy import empty
 from uae_fast.models.loading import load_decoder, load_encoder, load_image_encoder, load_models
-from uae_fast.models.sources import SHAPES, TINY, Source, find_sources, shipped_shape
+from uae_fast.models.sources import SHAPES, TINY, Source, find_sources, pooled_file, shipped_shape
 from uae_fast.trainer import STAGES, train
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -55,7 +55,8 @@ def test_the_pooled_condition_is_diffusers_own_and_is_made_once(tmp_path):
         for number in ("", "_2")
         for name, library in (("text_encoder", CLIPTextModelWithProjection), ("tokenizer", CLIPTokenizer))
     }
-    decoder = load_decoder(Source(str(folder)), tmp_path / "cache")
+    file = tmp_path / "cache" / "pooled.safetensors"
+    decoder = load_decoder(Source(str(folder)), file)
     pipe = StableDiffusion3Pipeline(
         transformer=decoder.transformer, vae=decoder.vae, scheduler=decoder.scheduler,
         text_encoder_3=None, tokenizer_3=None, **parts,
@@ -63,13 +64,22 @@ def test_the_pooled_condition_is_diffusers_own_and_is_made_once(tmp_path):
     expected = pipe.encode_prompt("", "", "", do_classifier_free_guidance=False)[2][0]
     assert decoder.pooled.shape == (16,) and torch.equal(decoder.pooled, expected)
 
-    (written,) = (tmp_path / "cache").iterdir()
+    assert [path.name for path in file.parent.iterdir()] == ["pooled.safetensors"]
     for number in ("", "_2"):
         shutil.rmtree(folder / f"text_encoder{number}")
-    assert torch.equal(load_decoder(Source(str(folder)), tmp_path / "cache").pooled, expected)
-    shutil.copy(written, folder / "pooled.safetensors")
-    assert torch.equal(load_decoder(Source(str(folder)), tmp_path / "elsewhere").pooled, expected)
-    assert not (tmp_path / "elsewhere").exists()
+    assert torch.equal(load_decoder(Source(str(folder)), file).pooled, expected)
+
+
+def test_where_the_pooled_condition_is_kept(tmp_path):
+    config = load_config("tiny", [f"run={tmp_path / 'run'}"])
+    hub = Source("somebody/something", COMMIT)
+    assert pooled_file(config, Source(str(tmp_path))) == tmp_path / "pooled.safetensors"
+    assert pooled_file(config, hub).parent == tmp_path / "run" / "cache"
+    config.models.cache = str(tmp_path / "cache")
+    files = {pooled_file(config, source) for source in (hub, Source(hub.name, COMMIT[::-1]), Source(str(tmp_path)))}
+    assert len(files) == 3 and {file.parent for file in files} == {tmp_path / "cache"}
+    (tmp_path / "pooled.safetensors").touch()
+    assert pooled_file(config, Source(str(tmp_path))) == tmp_path / "pooled.safetensors"
 
 
 def test_a_run_on_the_real_layouts(tmp_path, world, small_config):
@@ -92,7 +102,7 @@ def test_only_safetensors_are_read(tmp_path):
         file.unlink()
     torch.save(weights, folder / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(ConfigError, match="vae"):
-        load_decoder(Source(str(folder)), folder)
+        load_decoder(Source(str(folder)), folder / "pooled.safetensors")
     encoder = write_encoder(tmp_path / "encoder")
     torch.save(load_file(encoder / "model.safetensors"), encoder / "pytorch_model.bin")
     (encoder / "model.safetensors").unlink()
@@ -123,7 +133,9 @@ def test_every_missing_part_is_named(tmp_path):
     ]
     (tmp_path / "transformer").mkdir()
     found = problems(f"models.decoder_from={tmp_path}")
-    assert found == [f"models.decoder_from: {tmp_path} has no {part}" for part in ("vae", "scheduler")]
+    assert found[:2] == [f"models.decoder_from: {tmp_path} has no {part}" for part in ("vae", "scheduler")]
+    assert len(found) == 6 and "no pooled.safetensors, and no tokenizer_2 to make it" in found[5]
+    assert "is not a checkpoint" in problems(f"models.start={tmp_path}")[0]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +149,7 @@ def test_every_missing_part_is_named(tmp_path):
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_loads(override, words, monkeypatch):
-    monkeypatch.setattr("uae_fast.models.loading._pretrained", None)
+    monkeypatch.setattr("uae_fast.models.loading.pretrained", None)
     (found,) = problems(override)
     assert words in found and found.startswith(("caption.", "condition.", "data."))
 
@@ -314,10 +326,10 @@ def test_weights_that_do_not_match_their_configuration_are_refused(tmp_path):
     save_file({"pooled": torch.zeros(16)}, folder / "pooled.safetensors")
     edit(folder / "transformer" / "config.json", num_layers=5)
     with pytest.raises(ConfigError, match=r"transformer: .*norm1_context"):
-        load_decoder(Source(str(folder)), folder)
+        load_decoder(Source(str(folder)), folder / "pooled.safetensors")
     encoder = write_encoder(tmp_path / "encoder")
     edit(encoder / "config.json", num_hidden_layers=4, layer_types=None)
-    with pytest.raises(ConfigError, match=r"encoder: tensors are missing: .*layers\.3\..* more"):
+    with pytest.raises(ConfigError, match=r"encoder: no tensor .*layers\.3\."):
         load_encoder(Source(str(encoder)), caption_prompt="x", condition_length=28)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -23,7 +22,7 @@ from .offload import Offloader
 from .projector import Projector
 from .quantize import quantize_linears
 from .reward import ImageEncoder, Reward
-from .sources import Source, find_sources
+from .sources import Source, find_sources, pooled_file
 
 MAX_SHARD = "2MB"
 PROJECTOR_WIDTH = 8192  # of a new projector (METHOD §1)
@@ -56,7 +55,7 @@ def load_models(config: Config) -> Models:
     )
     decoder = load_decoder(
         sources.decoder,
-        cache_folder(config, sources.decoder),
+        pooled_file(config, sources.decoder),
         **options(settings.decoder, settings.decoder_quantization),
     )
     models = Models(
@@ -76,6 +75,8 @@ def load_models(config: Config) -> Models:
     if settings.gradient_checkpointing:
         models.encoder.checkpoint_gradients()
         models.decoder.checkpoint_gradients()
+    if settings.start:
+        load_checkpoint(Path(settings.start), models)
     models.to(device)
     if settings.offload:
         Offloader(models, device)
@@ -84,9 +85,9 @@ def load_models(config: Config) -> Models:
 
 def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
     """Writes model, tokenizer and image processor into `folder`."""
-    encoder.model.to(dtype).save_pretrained(folder, max_shard_size=MAX_SHARD)
-    encoder.tokenizer.save_pretrained(folder)
-    encoder.image_processor.save_pretrained(folder)
+    encoder.model.to(dtype).savepretrained(folder, max_shard_size=MAX_SHARD)
+    encoder.tokenizer.savepretrained(folder)
+    encoder.image_processor.savepretrained(folder)
 
 
 def load_encoder(
@@ -116,7 +117,7 @@ def load_encoder(
 
     device = device or torch.device("cpu")
     if seed is None:
-        model = _pretrained(Qwen2_5_VLForConditionalGeneration, source, dtype=dtype)
+        model = pretrained(Qwen2_5_VLForConditionalGeneration, source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(**source.pretrained())
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(**source.pretrained())
         if quantization != "none":
@@ -142,8 +143,8 @@ def load_encoder(
 
 def save_decoder(decoder: Decoder, projector: Projector, folder: Path, dtype: torch.dtype) -> None:
     """Writes transformer, scheduler, pooled condition and projector below `folder`."""
-    decoder.transformer.to(dtype).save_pretrained(folder / "decoder" / "transformer", max_shard_size=MAX_SHARD)
-    decoder.scheduler.save_pretrained(folder / "decoder" / "scheduler")
+    decoder.transformer.to(dtype).savepretrained(folder / "decoder" / "transformer", max_shard_size=MAX_SHARD)
+    decoder.scheduler.savepretrained(folder / "decoder" / "scheduler")
     save_file({"pooled": decoder.pooled.to(dtype).contiguous()}, folder / "decoder" / "pooled.safetensors")
     save_projector(projector, folder, dtype)
 
@@ -156,7 +157,7 @@ def save_projector(projector: Projector, folder: Path, dtype: torch.dtype) -> No
 
 def save_reward(model, folder: Path, mean: list[float], std: list[float], dtype: torch.dtype) -> None:
     """Writes a CLIP model and its normalisation (`preprocessor_config.json`)."""
-    model.to(dtype).save_pretrained(folder, max_shard_size=MAX_SHARD)
+    model.to(dtype).savepretrained(folder, max_shard_size=MAX_SHARD)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
 
 
@@ -183,7 +184,7 @@ def new_projector(encoder: Encoder, decoder: Decoder, seed: int) -> Projector:
 
 def load_decoder(
     source: Source,
-    cache: Path,
+    pooled: Path,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
@@ -194,17 +195,17 @@ def load_decoder(
 
     Args:
         source: transformer, vae, scheduler, and pooled.safetensors or the text encoders with their tokenizers.
-        cache: where the pooled condition is kept once the text encoders have made it.
+        pooled: file of the pooled condition; made by the text encoders where it is not there yet.
         dtype, device, quantization, seed: as of `load_encoder`; quantised are the transformer's blocks.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
     device = device or torch.device("cpu")
     if seed is None:
-        transformer = _pretrained(SD3Transformer2DModel, source, "transformer", torch_dtype=dtype)
-        vae = _pretrained(AutoencoderKL, source, "vae", torch_dtype=dtype)
+        transformer = pretrained(SD3Transformer2DModel, source, "transformer", torch_dtype=dtype)
+        vae = pretrained(AutoencoderKL, source, "vae", torch_dtype=dtype)
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**source.pretrained("scheduler"))
-        pooled = pooled_condition(source, cache)
+        condition = pooled_condition(source, pooled)
         if quantization != "none":
             quantize_linears(transformer, [transformer.transformer_blocks], quantization, device)
     else:
@@ -213,33 +214,21 @@ def load_decoder(
         vae = empty(lambda: AutoencoderKL.from_config(source.configuration("vae")))
         fill(vae, device, dtype, seed)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(source.configuration("scheduler"))
-        pooled = torch.zeros(transformer.config.pooled_projection_dim)
-    return Decoder(transformer, vae, scheduler, pooled)
+        condition = torch.zeros(transformer.config.pooled_projection_dim)
+    return Decoder(transformer, vae, scheduler, condition)
 
 
-def cache_folder(config: Config, decoder: Source) -> Path:
-    """Where what is computed once of a decoder is kept: `models.cache`, else beside it, else in the run's folder."""
-    if config.models.cache:
-        return Path(config.models.cache)
-    return decoder.folder if decoder.folder is not None else Path(config.run) / "cache"
+def pooled_condition(source: Source, file: Path) -> Tensor:
+    """The pooled embedding (D,), fp32, of the empty prompt: from `file`, or else from the text encoders, into `file`.
 
-
-def pooled_condition(source: Source, cache: Path) -> Tensor:
-    """The pooled embedding (D,), fp32, of the empty prompt: from `pooled.safetensors`, the cache, or the text encoders.
-
-    The text encoders are loaded for this once and let go; their answer is written into `cache`.
+    The text encoders are loaded for this once, and let go.
     """
-    if source.folder is not None and (source.folder / "pooled.safetensors").is_file():
-        return load_file(source.folder / "pooled.safetensors")["pooled"].float()
-    names = json.dumps([source.name, source.revision])
-    name = "pooled" if cache == source.folder else f"pooled-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
-    path = cache / f"{name}.safetensors"
-    if not path.is_file():
+    if not file.is_file():
         pooled = torch.cat([_empty_prompt(source, number) for number in ("", "_2")])
-        cache.mkdir(parents=True, exist_ok=True)
-        save_file({"pooled": pooled.contiguous()}, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
-    return load_file(path)["pooled"].float()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"pooled": pooled.contiguous()}, file.with_suffix(".part"))
+        os.replace(file.with_suffix(".part"), file)
+    return load_file(file)["pooled"].float()
 
 
 @torch.no_grad()
@@ -248,7 +237,7 @@ def _empty_prompt(source: Source, number: str) -> Tensor:
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(**source.pretrained(f"tokenizer{number}"))
-    model = _pretrained(CLIPTextModelWithProjection, source, f"text_encoder{number}", dtype=torch.float32)
+    model = pretrained(CLIPTextModelWithProjection, source, f"text_encoder{number}", dtype=torch.float32)
     tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
     return model(tokens["input_ids"]).text_embeds[0]
 
@@ -264,7 +253,7 @@ def load_image_encoder(source: Source, device: torch.device | None = None, seed:
 
     processor = source.configuration("preprocessor")
     if seed is None:
-        model = _pretrained(AutoModel, source, dtype=torch.float32)
+        model = pretrained(AutoModel, source, dtype=torch.float32)
     else:
         config = AutoConfig.for_model(**source.configuration("model"))
         model = empty(lambda: AutoModel.from_config(config))
@@ -278,8 +267,20 @@ def load_image_encoder(source: Source, device: torch.device | None = None, seed:
     return ImageEncoder(model, processor["image_mean"], processor["image_std"], size)
 
 
-def _pretrained(library_class: Any, source: Source, subfolder: str = "", **options: Any) -> Any:
-    """`from_pretrained` of safetensors files alone, every tensor found; what is wrong becomes the user's message."""
+def pretrained(
+    library_class: Any, source: Source, subfolder: str = "", *, complete: bool = False, **options: Any
+) -> Any:
+    """A library class's `from_pretrained`: safetensors alone, and every tensor of the model must be there.
+
+    Args:
+        library_class: of transformers or diffusers.
+        source, subfolder: where.
+        complete: whether every tensor of the files must be the model's, too.
+        options: of `from_pretrained`.
+
+    Raises:
+        ConfigError: what is wrong, in a line.
+    """
     place = "/".join(filter(None, (source.name + (f"@{source.revision}" if source.revision else ""), subfolder)))
     try:
         model, report = library_class.from_pretrained(
@@ -287,9 +288,11 @@ def _pretrained(library_class: Any, source: Source, subfolder: str = "", **optio
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError([f"models: {place}: {str(error).strip().splitlines()[0]}"]) from None
-    if missing := sorted(report["missing_keys"]):
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ConfigError([f"models: {place}: tensors are missing: {shown}"])
+    problems = [f"{place}: no tensor {name}" for name in sorted(report["missing_keys"])]
+    if complete:
+        problems += [f"{place}: unknown tensor {name}" for name in sorted(report["unexpected_keys"])]
+    if problems:
+        raise ConfigError(problems)
     return model
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import STATE
 from ..config import Config, ConfigError
 
 TINY = Path(__file__).parent.parent / "tiny" / "weights"
@@ -63,6 +65,16 @@ class Source:
             return {"pretrained_model_name_or_path": str(Path(self.name) / subfolder)}
         return {"pretrained_model_name_or_path": self.name, "revision": self.revision, "subfolder": subfolder}
 
+    def local(self, *parts: str) -> Path:
+        """The folder itself, or one with these subfolders of the repository, downloaded."""
+        if self.folder is not None:
+            return self.folder
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(self.name, revision=self.revision, allow_patterns=[f"{part}/*" for part in parts])
+        )
+
     def has(self, file: str) -> bool:
         """Whether a folder has a file (or subfolder); a Hub repository is believed to have everything."""
         return self.folder is None or (self.folder / file).exists()
@@ -115,6 +127,19 @@ def models_folder(config: Config) -> Path | None:
     return TINY if path == "tiny" else Path(path) if path else None
 
 
+def pooled_file(config: Config, decoder: Source) -> Path:
+    """Where a decoder's pooled condition is, or will be once its text encoders have made it.
+
+    Beside a decoder in a folder if it is there already; else in `models.cache` if that is given; else beside a decoder
+    in a folder, or in the run's folder.
+    """
+    beside = None if decoder.folder is None else decoder.folder / "pooled.safetensors"
+    if beside is not None and (beside.is_file() or not config.models.cache):
+        return beside
+    name = hashlib.sha256(json.dumps([decoder.name, decoder.revision]).encode()).hexdigest()[:16]
+    return Path(config.models.cache or Path(config.run) / "cache") / f"pooled-{name}.safetensors"
+
+
 def find_sources(config: Config) -> Sources:
     """The sources of a configuration's models.
 
@@ -146,6 +171,14 @@ def find_sources(config: Config) -> Sources:
     projector = folder / "projector.safetensors" if folder is not None else None
     if projector is not None and not projector.is_file():
         problems.append(f'models.path: {folder} has no projector.safetensors; "tiny" names the weights in the package')
+    if config.models.start and not (Path(config.models.start) / STATE).is_file():
+        problems.append(f"models.start: {config.models.start} is not a checkpoint: it has no {STATE}")
+    if decoder is not None and config.models.load == "pretrained" and not pooled_file(config, decoder).is_file():
+        for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+            if not decoder.has(part):
+                problems.append(
+                    f"models.decoder_from: {decoder.name} has no pooled.safetensors, and no {part} to make it"
+                )
     if problems:
         raise ConfigError(problems)
     assert encoder is not None and decoder is not None

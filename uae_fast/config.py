@@ -455,6 +455,11 @@ def invariants(config: Config) -> list[tuple[str, str]]:
             key,
             "int8 weights cannot be moved by models.offload: choose nf4",
         )
+        need(
+            getattr(c.models, part) == "lora" or not c.models.offload,
+            f"models.{part}",
+            "what trains in full keeps copies that models.offload cannot move: choose lora",
+        )
     encoders, weights = c.reward.encoders or [""], c.reward.weights
     need(
         len(weights) in (0, len(encoders)),

@@ -77,10 +77,10 @@ def load_models(config: Config) -> Models:
         models.decoder.checkpoint_gradients()
     if settings.start:
         load_checkpoint(Path(settings.start), models)
-    models.to(device)
     if settings.offload:
         Offloader(models, device)
-    return models
+        return models
+    return models.to(device)
 
 
 def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:

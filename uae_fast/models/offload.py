@@ -13,11 +13,12 @@ from . import Models
 class Offloader:
     """Brings a part onto the device just before it computes, and sends the others away.
 
-    What stays: the projector, all buffers and adapters' optimiser state; while gradients are recorded, every part that
-    has a trainable parameter, so that what a backward pass needs is there.
+    At first all wait. Always on the device are the projector, the pooled condition and the optimiser's state. The part
+    that trains stays there while gradients are recorded; where several train (stage 1), all of them always do: what a
+    backward pass needs must be there.
 
     Args:
-        models: on the device; hooks are put on their modules.
+        models: wherever they were loaded; hooks are put on their modules.
         device: where they compute.
         host: where they wait.
     """
@@ -35,7 +36,16 @@ class Offloader:
                 towers: list[Any] = [image_encoder.model for image_encoder in reward.encoders]
                 self.parts[name] = nn.ModuleList(towers)
                 entrances[name] = [child for tower in towers for child in tower.children()]
-        self.present = set(self.parts)
+        self.present: set[str] = set()
+        for name in self.parts:
+            self.move(name, self.host)
+        models.projector.to(device)
+        encoders = [
+            image_encoder for reward in (models.reward, models.heldout) if reward for image_encoder in reward.encoders
+        ]
+        for owner in (models.encoder, decoder, *encoders):
+            for name, buffer in owner.named_buffers(recurse=False):
+                setattr(owner, name, buffer.to(device))
         for name, modules in entrances.items():
             for module in modules:
                 module.register_forward_pre_hook(lambda *_, name=name: self.bring(name))
@@ -44,11 +54,11 @@ class Offloader:
         """The part `name` onto the device; the others, as far as they can, off it first."""
         if self.present == {name}:
             return
-        for other in sorted(self.present - {name}):
-            trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parts[other].parameters())
-            if not trains:
-                self.move(other, self.host)
-                self.present.remove(other)
+        train = {part for part, module in self.parts.items() if any(p.requires_grad for p in module.parameters())}
+        stay = train if len(train) > 1 or torch.is_grad_enabled() else set()
+        for other in sorted(self.present - {name} - stay):
+            self.move(other, self.host)
+            self.present.remove(other)
         if name not in self.present:
             self.move(name, self.device)
             self.present.add(name)

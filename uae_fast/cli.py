@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     check = command("check", run_check, "check a configuration and show what a step of it is made of")
     check.add_argument("config", metavar="CONFIG", help=config_help)
     check.add_argument("overrides", nargs="*", metavar="key=value")
+    check.add_argument("--gpu-memory", type=float, metavar="GB", help="say what to change where a stage needs more")
 
     configs = command("configs", run_configs, "list the presets, or copy one to edit")
     configs.add_argument("action", nargs="?", choices=("list", "copy"), default="list")
@@ -146,7 +147,33 @@ def run_check(arguments: argparse.Namespace) -> int:
         if not folder.is_dir():
             show(f"data.{key}: {folder} is not there yet")
     show("the configuration is sound")
+    show_memory(config, arguments.gpu_memory)
     return 0
+
+
+def show_memory(config: Config, limit: float | None) -> None:
+    """The predicted memory of each stage, and what to change where it is more than `limit` GiB."""
+    from rich import print as show
+    from rich.table import Table
+
+    quiet_libraries()
+    from .models.memory import CUDA_BYTES, GIB, advise, predict, worst
+
+    table = Table("stage", "needs most while", "weights and optimiser", "passing", "in all", title="predicted GiB")
+    predicted = predict(config)
+    for number, phases in predicted.items():
+        peak = worst(phases)
+        table.add_row(
+            str(number), peak.name, *(f"{size / GIB:.2f}" for size in (peak.resident, peak.passing, peak.total))
+        )
+    show(table)
+    show(f"every sum has {CUDA_BYTES / GIB:.1f} GiB for CUDA itself; nothing here is measured")
+    for number, phases in predicted.items():
+        if limit is not None and worst(phases).total > limit * GIB:
+            _, changes, needs = advise(config, number, phases, int(limit * GIB))
+            verdict = "would need" if needs.total <= limit * GIB else "would still need"
+            words = f"with {' '.join(changes)} it {verdict} {needs.total / GIB:.2f}" if changes else "nothing to change"
+            show(f"stage {number} does not fit {limit:g} GiB: {words}")
 
 
 def run_configs(arguments: argparse.Namespace) -> int:

@@ -22,11 +22,11 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}<|im_start|> assistant {% endif %}"""
 
 
-def empty(build: Callable[[], Any]) -> Any:
-    """What `build` builds, its parameters without memory; its buffers are computed as ever."""
+def empty(build: Callable[[], Any], *, buffers: bool = True) -> Any:
+    """What `build` builds, its parameters without memory; its buffers are computed, or without memory as well."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
         model = build()
     if hasattr(model, "tie_weights"):
         model.tie_weights()  # laying a tensor out without memory parts it from those it is shared with
@@ -46,12 +46,12 @@ def fill(
 
     Args:
         model: from `empty`; parameters that modules share stay shared.
-        device: where every tensor is made.
+        device: where every tensor is made; "meta" leaves them without memory.
         dtype: of every tensor but the buffers that are not part of a checkpoint (rotary tables).
         seed: of the weights.
         quantization: "none", "nf4" or "int8", of the linear layers in the submodules `inside`.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
     made: dict[nn.Parameter, nn.Parameter] = {}
 
     def make(parameter: nn.Parameter, name: str) -> nn.Parameter:

@@ -125,7 +125,7 @@ def load_encoder(
     else:
         config: Any = Qwen2_5_VLConfig(**source.configuration("model"))
         vision = config.vision_config
-        model = empty(lambda: Qwen2_5_VLForConditionalGeneration(config))
+        model = empty(lambda: Qwen2_5_VLForConditionalGeneration(config), buffers=device.type != "meta")
         fill(model, device, dtype, seed, quantization=quantization, inside=[model.model.language_model.layers])
         tokenizer = dummy_tokenizer(config)
         image_processor = Qwen2VLImageProcessorPil(
@@ -209,7 +209,10 @@ def load_decoder(
         if quantization != "none":
             quantize_linears(transformer, [transformer.transformer_blocks], quantization, device)
     else:
-        transformer = empty(lambda: SD3Transformer2DModel.from_config(source.configuration("transformer")))
+        transformer = empty(
+            lambda: SD3Transformer2DModel.from_config(source.configuration("transformer")),
+            buffers=device.type != "meta",
+        )
         fill(transformer, device, dtype, seed, quantization=quantization, inside=[transformer.transformer_blocks])
         vae = empty(lambda: AutoencoderKL.from_config(source.configuration("vae")))
         fill(vae, device, dtype, seed)

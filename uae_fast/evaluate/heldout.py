@@ -90,7 +90,7 @@ class Evaluator:
                     batch=config.render.batch,
                     guidance=render_guidance(config, models),
                 )
-                rewards = models.reward(images, models.reward.embed_sources([e.image for e in examples])).tolist()
+                rewards = self._rewards(images, examples)
                 accuracies = self._accuracies(images, examples)
                 for i, example in enumerate(examples):
                     if len(rows) < config.evaluate.gallery:
@@ -98,7 +98,8 @@ class Evaluator:
                         to_image(images[i]).save(folder / name)
                         example.image.save(sources / name)
                     caption, tokens = captions[i]
-                    rows.append(score(example, caption, tokens, rewards[i], accuracies[i]))
+                    said = {name: values[i] for name, values in rewards.items()}
+                    rows.append(score(example, caption, tokens, said, accuracies[i]))
                 progress.advance(len(examples), f"reward {_mean(rows, 'reward'):.3f}")
         temporary = folder / "scores.jsonl.part"
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -115,6 +116,16 @@ class Evaluator:
         )
         return list(zip(captions.texts, captions.mask.sum(1).tolist(), strict=True))
 
+    def _rewards(self, images: Tensor, examples: list[Example]) -> dict[str, list[float]]:
+        """What the reward and, where there is one, the held-out encoder say of the reconstructions."""
+        sources, names = [example.image for example in examples], [("heldout", example.id) for example in examples]
+        judges = {"reward": self.models.reward, "heldout_reward": self.models.heldout}
+        return {
+            name: judge(images, judge.embed_sources(sources, names)).tolist()
+            for name, judge in judges.items()
+            if judge is not None
+        }
+
     def _accuracies(self, images: Tensor, examples: list[Example]) -> list[float | None]:
         if self.classifier is None:
             return [None] * len(examples)
@@ -122,13 +133,15 @@ class Evaluator:
         return self.classifier.accuracy(images.cpu(), scenes).tolist()
 
 
-def score(example: Example, caption: str, tokens: int | None, reward: float, accuracy: float | None) -> dict:
-    """One image's row of `scores.jsonl`."""
+def score(
+    example: Example, caption: str, tokens: int | None, rewards: dict[str, float], accuracy: float | None
+) -> dict:
+    """One image's row of `scores.jsonl`, with "reward" and perhaps "heldout_reward"."""
     recall, precision = caption_scores(caption, example.attributes) if example.attributes else (None, None)
     return {
         "file": example.file,
         "caption": caption,
-        "reward": reward,
+        **rewards,
         "tokens": tokens,
         "recall": recall,
         "precision": precision,
@@ -140,7 +153,9 @@ def moment_summary(rows: list[dict], previous: list[dict]) -> dict:
     """A moment's entry in `summary.json`; gains are paired over images with the moment before."""
     rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
     gains = rewards - torch.tensor([row["reward"] for row in previous], dtype=torch.float64) if previous else None
+    heldout = {"heldout_reward": _mean(rows, "heldout_reward")} if "heldout_reward" in rows[0] else {}
     return {
+        **heldout,
         "reward": rewards.mean().item(),
         "reward_stderr": _stderr(rewards),
         "reward_gain_stderr": None if gains is None else _stderr(gains),

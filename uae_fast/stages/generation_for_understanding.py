@@ -16,7 +16,7 @@ from ..models.encoder import Prompt
 from ..rollout.captions import Captions, sample_captions
 from ..rollout.renders import render, render_guidance
 from ..seeds import derive_seed
-from . import Metrics, policy_metrics, reward_metrics
+from . import Metrics, judge, policy_metrics, reward_metrics
 
 
 @dataclass
@@ -72,15 +72,18 @@ class GenerationForUnderstanding:
             batch=config.render.batch,
             guidance=render_guidance(config, models),
         )
-        rewards = models.reward(drawn, models.reward.embed_sources(images).repeat_interleave(size, 0))
+        rewards, metrics = judge(models, drawn, examples)
         lengths = captions.mask.sum(1).float()
+        if config.reward.token_penalty:
+            metrics["reward_similarity"] = rewards.mean()
+            rewards = rewards - config.reward.token_penalty * (lengths - config.reward.free_tokens).clamp(min=0)
         rollout = CaptionRollout(
             prompt,
             captions,
             advantages=group_advantages(rewards, size, scale=settings.scale_advantages),
             old_logprobs=torch.empty(captions.ids.shape, device=rewards.device),
             ref_logprobs=torch.empty(captions.ids.shape, device=rewards.device) if settings.beta else None,
-            metrics={**reward_metrics(rewards, size), "completions/mean_length": lengths.mean()},
+            metrics={**reward_metrics(rewards, size), **metrics, "completions/mean_length": lengths.mean()},
         )
         # Scored in the update's micro-batches, by the update's own code: its first ratio is exactly 1.
         for start in range(0, len(rollout), settings.micro_batch):

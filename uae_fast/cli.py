@@ -122,6 +122,8 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
+    from glob import glob
+
     from rich import print as show
     from rich.table import Table
 
@@ -143,9 +145,9 @@ def run_check(arguments: argparse.Namespace) -> int:
     show(table)
     show(f"renders: {config.render.steps} steps at {config.data.resolution}², {config.render.batch} at once")
     for key in ("train", "heldout"):
-        folder = Path(getattr(config.data, key))
-        if not folder.is_dir():
-            show(f"data.{key}: {folder} is not there yet")
+        place = getattr(config.data, key)
+        if "@" not in place and not glob(place):
+            show(f"data.{key}: {place} is not there yet")
     show("the configuration is sound")
     show_memory(config, arguments.gpu_memory)
     return 0

@@ -60,10 +60,15 @@ class ModelsConfig:
 
 @dataclass
 class DataConfig:
-    """Folders of images. `captions.jsonl` in them ({file, caption}) is for stages 0 and 1 and for evaluation alone."""
+    """Folders of images, or parquet files: a folder of them, a pattern ("data/train-*.parquet"), or owner/name@commit
+    of a dataset on the Hub. Captions, from `captions.jsonl` ({file, caption}) or a column, are for stages 0 and 1 and
+    for evaluation alone."""
 
     train: str = "data/tiny/train"
     heldout: str = "data/tiny/heldout"
+    image_column: str = "image"
+    """Of parquet files: cells with an encoded image, as Hugging Face datasets keep them."""
+    caption_column: str = "caption"
     resolution: int = 32
     """Side of the images the decoder draws, in pixels."""
 

@@ -22,6 +22,7 @@ from .logging import ProgressLine, RunLog
 from .models.loading import load_models
 from .models.sources import find_sources
 from .optim import RunningMean, build_optimizer, optimizer_tensors, restore_optimizer, warm_up
+from .parquet import ParquetImages, open_images
 from .report import write_report
 from .stages import Metrics, Stage
 from .stages.cold_start import ColdStart
@@ -79,8 +80,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
         raise ConfigError([f"run: {folder} has a run already; go on with --resume, or name another folder (run=…)"])
     find_sources(config)
     stages = [STAGES[number] for number in config.stages]
-    data = ImageFolder(config.data.train, "data.train", captions=any(stage.needs_captions for stage in stages))
-    heldout = ImageFolder(config.data.heldout, "data.heldout")
+    captions = any(stage.needs_captions for stage in stages)
+    data = open_images(config.data.train, "data.train", config.data, captions=captions)
+    heldout = open_images(config.data.heldout, "data.heldout", config.data)
     for images in (data, heldout):
         for file, reason in images.skipped.items():
             print(f"skipped {images.folder / file}: {reason}", flush=True)
@@ -117,7 +119,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
 def run_stage(
     stage: Stage,
     config: Config,
-    data: ImageFolder,
+    data: ImageFolder | ParquetImages,
     position: Position,
     folder: Path,
     log: RunLog,

@@ -15,6 +15,7 @@ from ..data import Example, ImageFolder
 from ..logging import ProgressLine
 from ..models import Models
 from ..models.sources import models_folder
+from ..parquet import ParquetImages
 from ..rollout.captions import sample_captions
 from ..rollout.renders import render, render_guidance
 from ..seeds import derive_seed
@@ -31,7 +32,7 @@ class Evaluator:
     the images' `captions.jsonl` does not tell (attributes, complete captions) is left null.
     """
 
-    def __init__(self, config: Config, models: Models, data: ImageFolder, folder: Path):
+    def __init__(self, config: Config, models: Models, data: ImageFolder | ParquetImages, folder: Path):
         self.config, self.models, self.folder = config, models, folder
         self.count = min(config.evaluate.images, len(data))
         self.data = data

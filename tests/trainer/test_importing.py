@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from layouts import legacy_name, write_decoder, write_encoder, write_image_encoder
 from safetensors.torch import load_file, save_file
-from small import legacy_name, write_decoder, write_encoder, write_image_encoder
 from torch import nn
 
 from uae_fast.checkpoint import checkpoints
@@ -234,6 +234,7 @@ def test_unknown_and_missing_tensors_are_listed(release, tmp_path, part, edit, w
     with pytest.raises(ConfigError) as caught:
         do_import(copy_with(release, tmp_path, part, edit), tmp_path / "out")
     assert any(words in problem for problem in caught.value.problems)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_shards_weights_replace_those_of_llm_and_that_is_told(release, tmp_path):

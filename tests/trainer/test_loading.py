@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
+from layouts import write_decoder, write_encoder, write_image_encoder
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small import write_decoder, write_encoder, write_image_encoder
 
 from uae_fast.config import ConfigError, load_config
 from uae_fast.data import ImageFolder

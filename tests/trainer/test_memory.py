@@ -41,8 +41,7 @@ def built(config, number):
 
 
 @pytest.mark.parametrize(
-    "number, mode, checkpointing",
-    [(0, "lora", False), (1, "full", True), (2, "lora", True), (2, "full", False), (3, "lora", False)],
+    "number, mode, checkpointing", [(0, "lora", False), (1, "full", True), (2, "lora", True), (3, "lora", False)]
 )
 def test_an_updates_peak_is_predicted_within_a_tenth(world, number, mode, checkpointing):
     options = [f"models.encoder={mode}", f"models.decoder={mode}", f"models.gradient_checkpointing={checkpointing}"]

@@ -74,9 +74,8 @@ def test_a_layer_takes_the_bits_it_promises(kind, bits):
     assert 8 * sum(t.numel() * t.element_size() for t in held) / (1024 * 2048) == bits
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_adapters_train_over_quantised_weights(world, small_config, kind, number):
+@pytest.mark.parametrize("number, kind", [(1, "nf4"), (2, "nf4"), (3, "nf4"), (2, "int8"), (3, "int8")])
+def test_adapters_train_over_quantised_weights(world, small_config, number, kind):
     config = small_config(world, *BOTH[kind], "stage3.kind=cps", "models.gradient_checkpointing=true")
     models = load_models(config)
     models.encoder.freeze_reader()

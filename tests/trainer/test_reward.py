@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import write_image_encoder
 from PIL import Image
-from small import write_image_encoder
 
 from uae_fast.checkpoint import checkpoints
 from uae_fast.config import ConfigError, load_config

@@ -39,7 +39,7 @@ PROJECTOR = {
 KEPT = (".json", ".safetensors")
 WRAPPED = "model.base_model.model."  # what peft puts before the names of the model it wraps, which was `model`
 ENCODER_SCALE = 2.0  # α / r of their encoder's adapter, 64 / 32: the shards do not say it
-AS_RELEASED = ["data.resolution=1024", "render.steps=40"]  # over the preset `paper`: how their demo draws
+AS_RELEASED = ["data.resolution=1024", "render.steps=40", "reward.heldout=''"]  # over the preset `paper`: their demo
 
 
 def import_uae(
@@ -74,6 +74,24 @@ def import_uae(
     drawing = Source.parse(sd3 or str(_place(folder, SD3)), "--sd3")
     reading = Source.parse(processor or str(_place(folder, PROCESSOR, "tokenizer_config.json")), "--processor")
 
+    try:
+        return _import(llm, llm_lora, dit, dit_lora, drawing, reading, out, reward, overrides)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)  # half of an import is none
+        raise
+
+
+def _import(
+    llm: Path,
+    llm_lora: Path,
+    dit: Path,
+    dit_lora: Path,
+    drawing: Source,
+    reading: Source,
+    out: Path,
+    reward: str,
+    overrides: Sequence[str],
+) -> list[str]:
     models = out / "models"
     encoder_adapter, notes = _write_encoder(llm, llm_lora, reading, models)
     _write_decoder(dit, drawing, models / "decoder")
@@ -144,7 +162,8 @@ def _write_encoder(llm: Path, llm_lora: Path, reading: Source, models: Path) -> 
             weights[plain] = value
         else:
             others[name] = value
-    if "lm_head.weight" in others and torch.equal(others["lm_head.weight"], weights["model.embed_tokens.weight"]):
+    head, embeddings = others.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
+    if head is not None and embeddings is not None and torch.equal(head, embeddings):
         del others["lm_head.weight"]  # tied to the embeddings, and written out all the same
     unknown = [f"llm_lora: unknown tensor {name} {tuple(value.shape)}" for name, value in others.items()]
     missing = [f"llm: no tensor {name}" for name in PROJECTOR if name not in weights]

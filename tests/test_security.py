@@ -217,7 +217,7 @@ def test_only_presets_are_copied_and_only_here(tmp_path, monkeypatch, capsys, na
     (tmp_path / "victim").write_text("seed: 1")
     monkeypatch.chdir(tmp_path / "here")
     assert main(["configs", "copy", name]) == 2
-    assert "presets: tiny" in capsys.readouterr().err or name == "tiny.yaml"
+    assert "presets: " in capsys.readouterr().err or name == "tiny.yaml"
     assert list((tmp_path / "here").iterdir()) == [] and sorted(os.listdir(tmp_path)) == ["here", "victim"]
 
 

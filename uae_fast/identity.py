@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Iterable, Sequence, Set
 from glob import glob
 from pathlib import Path
@@ -96,7 +97,7 @@ def fingerprint(path: Path, without: Set[str] = frozenset()) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as content:
-            digest.update(f"{file.relative_to(path).as_posix()}\0".encode())
+            digest.update(os.fsencode(file.relative_to(path).as_posix()) + b"\0")
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
 

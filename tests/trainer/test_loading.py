@@ -85,7 +85,7 @@ def test_where_the_pooled_condition_is_kept(tmp_path):
 def test_a_run_on_the_real_layouts(tmp_path, world, small_config):
     """All stages from separate folders, with a new projector, equal to nothing but finite and moving."""
     config = small_config(
-        world, "stages=[0,1,2,3]", "models.path=''", f"models.encoder_from={write_encoder(tmp_path / 'encoder')}",
+        world, "stages=[0,1,2,3]", "models.path=", f"models.encoder_from={write_encoder(tmp_path / 'encoder')}",
         f"models.decoder_from={write_decoder(tmp_path / 'decoder')}", "evaluate.images=4",
         f"reward.encoders=[{write_image_encoder(tmp_path / 'clip', 'clip')}]",
     )  # fmt: skip
@@ -127,14 +127,15 @@ def test_a_hub_repository_needs_its_commit():
 
 
 def test_every_missing_part_is_named(tmp_path):
-    assert problems("models.path=''") == [
+    assert problems("models.path=") == [
         f"{key}: names nothing, and neither does models.path"
         for key in ("models.encoder_from", "models.decoder_from", "reward.encoders")
     ]
     (tmp_path / "transformer").mkdir()
     found = problems(f"models.decoder_from={tmp_path}")
     assert found[:2] == [f"models.decoder_from: {tmp_path} has no {part}" for part in ("vae", "scheduler")]
-    assert len(found) == 6 and "no pooled.safetensors, and no tokenizer_2 to make it" in found[5]
+    assert "transformer has no weights" in found[2]
+    assert len(found) == 7 and "no pooled.safetensors, and no tokenizer_2 to make it" in found[6]
     assert "is not a checkpoint" in problems(f"models.start={tmp_path}")[0]
 
 
@@ -325,7 +326,7 @@ def test_weights_that_do_not_match_their_configuration_are_refused(tmp_path):
     folder = write_decoder(tmp_path / "decoder", text_encoders=False)
     save_file({"pooled": torch.zeros(16)}, folder / "pooled.safetensors")
     edit(folder / "transformer" / "config.json", num_layers=5)
-    with pytest.raises(ConfigError, match=r"transformer: .*norm1_context"):
+    with pytest.raises(ConfigError, match=r"transformer cannot be loaded: .*norm1_context"):
         load_decoder(Source(str(folder)), folder / "pooled.safetensors")
     encoder = write_encoder(tmp_path / "encoder")
     edit(encoder / "config.json", num_hidden_layers=4, layer_types=None)

@@ -42,7 +42,7 @@ PROJECTOR = {
 KEPT = (".json", ".safetensors")
 WRAPPED = "model.base_model.model."  # what peft puts before the names of the model it wraps, which was `model`
 ENCODER_SCALE = 2.0  # α / r of their encoder's adapter, 64 / 32: the shards do not say it
-AS_RELEASED = ["data.resolution=1024", "render.steps=40", "reward.heldout=''"]  # over the preset `paper`: their demo
+AS_RELEASED = ["data.resolution=1024", "render.steps=40", "reward.heldout="]  # over the preset `paper`: their demo
 
 
 def import_uae(
@@ -105,7 +105,7 @@ def _import(
     config = load_config(
         "paper",
         [
-            f"run={out}", f"models.path={models}", "models.encoder_from=''", "models.decoder_from=''",
+            f"run={out}", f"models.path={models}", "models.encoder_from=", "models.decoder_from=",
             f"models.lora_rank={rank}", f"models.lora_alpha={round(ENCODER_SCALE * rank)}", *AS_RELEASED,
             *([f"reward.encoders=[{reward}]"] if reward else []), *overrides,
         ],

@@ -34,6 +34,12 @@ from .sources import Source, find_sources, named, pooled_file
 
 MAX_SHARD = "2MB"
 PROJECTOR_WIDTH = 8192  # of a new projector (METHOD §1)
+IMAGE_ENCODERS = {  # classes of transformers by "model_type"
+    "clip": "CLIPModel",
+    "siglip": "SiglipModel",
+    "dinov2": "Dinov2Model",
+    "dinov3_vit": "DINOv3ViTModel",
+}
 # The attention is named here, because a name in a folder's config.json could be that of a kernel to be downloaded.
 ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa"}
 
@@ -332,14 +338,17 @@ def load_image_encoder(source: Source, device: torch.device | None = None, seed:
         source: model and `preprocessor_config.json`.
         device, seed: as of `load_encoder`.
     """
-    from transformers import AutoConfig, AutoModel
+    import transformers
 
-    processor = source.configuration("preprocessor")
+    processor, config = source.configuration("preprocessor"), source.configuration("model")
+    kind, kinds = config.get("model_type"), ", ".join(IMAGE_ENCODERS)
+    if kind not in IMAGE_ENCODERS:
+        raise ConfigError([f"{source.key}: {source} has the model type {printable(str(kind))}, none of {kinds}"])
+    library_class: Any = getattr(transformers, IMAGE_ENCODERS[kind])
     if seed is None:
-        model = pretrained(AutoModel, source, dtype=torch.float32, trust_remote_code=False, **ATTENTION)
+        model = pretrained(library_class, source, dtype=torch.float32, **ATTENTION)
     else:
-        config = AutoConfig.for_model(**source.configuration("model"))
-        model = empty(lambda: AutoModel.from_config(config))
+        model = empty(lambda: library_class(library_class.config_class(**config)))
     for part in ("text_model", "text_projection"):
         if hasattr(model, part):
             delattr(model, part)

@@ -322,6 +322,13 @@ def test_image_encoders_of_a_shape_load_without_a_file():
     assert not hasattr(encoder.model, "text_model")
 
 
+def test_an_image_encoder_of_another_kind_is_refused(tmp_path):
+    folder = shutil.copytree(TINY / "reward", tmp_path / "reward")
+    edit(folder / "config.json", model_type="bert")
+    with pytest.raises(ConfigError, match="the model type bert, none of clip, siglip, dinov2, dinov3_vit"):
+        load_image_encoder(Source(str(folder)))
+
+
 def test_weights_that_do_not_match_their_configuration_are_refused(tmp_path):
     folder = write_decoder(tmp_path / "decoder", text_encoders=False)
     save_file({"pooled": torch.zeros(16)}, folder / "pooled.safetensors")

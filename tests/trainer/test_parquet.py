@@ -2,14 +2,18 @@
 
 import io
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from layouts import write_decoder
 from PIL import Image
 
-from uae_fast.config import ConfigError, DataConfig
+from uae_fast.config import ConfigError, DataConfig, load_config
 from uae_fast.data import ImageFolder
+from uae_fast.identity import differences, run_identity
+from uae_fast.models.sources import TINY
 from uae_fast.parquet import MIXED_GROUPS, ParquetImages, open_images
 from uae_fast.trainer import train
 
@@ -132,3 +136,48 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ConfigError, match=r"data\.train: .*broken\.parquet"):
         opened(tmp_path)
+
+
+def test_too_many_broken_rows_stop_a_run_by_name(tmp_path):
+    folder = write(tmp_path / "some", [png("red"), b"not a picture", png("blue")])
+    images = open_images(str(folder), "data.train", DataConfig(max_bad=0.3))
+    with pytest.raises(ConfigError, match=r"data\.train: 1 of the 3 images .* data\.max_bad = 0\.3 allows 0\nrow 1: "):
+        images.batch(0, 3, 0, "stage2")
+    allowed = open_images(str(folder), "data.train", DataConfig(max_bad=0.4))
+    allowed.batch(0, 3, 0, "stage2")
+    assert allowed.notes() == [f"skipped {folder}: row 1: {allowed.skipped['row 1']}"]
+    assert allowed.files == ["some-000000", "some-000001", "some-000002"]
+    with pytest.raises(ConfigError, match=r"data\.train: .*: row 1 cannot be read"):
+        allowed[1]
+
+
+def test_what_a_run_is_made_of_knows_its_rows(tmp_path, files):
+    """A folder, or a pattern, by its files' contents; a Hub repository by its commit."""
+
+    def identity(place):
+        return run_identity(load_config("tiny", [f"data.train={place}", f"data.heldout={files}"]))["data.train"]
+
+    folder = write(tmp_path / "some", [png("red"), png("blue")])
+    first, pattern = identity(folder), f"{folder}/*.parquet"
+    by_pattern = identity(pattern)
+    write(folder, [png("red"), png("green")])
+    assert identity(folder) != first and identity(pattern) != by_pattern
+    hub = f"somebody/something@{'0' * 40}/data/*.parquet"
+    assert identity(hub) == hub
+
+
+def test_what_a_run_is_made_of_knows_its_models(tmp_path, files):
+    """By contents: files may move. The pooled condition that the text encoders make does not count."""
+
+    def identity(*places):
+        return run_identity(load_config("tiny", [f"data.train={files}", f"data.heldout={files}", *places]))
+
+    tiny, decoder = identity(), write_decoder(tmp_path / "decoder")
+    assert list(tiny["models.path"]) == ["encoder", "decoder", "projector.safetensors", "reward"]
+    moved = shutil.copytree(TINY / "reward", tmp_path / "reward")
+    assert differences(tiny, identity(f"reward.encoders=[{moved}]")) == []
+    other = identity(f"models.decoder_from={decoder}")
+    (line,) = differences(tiny, other)
+    assert line.startswith("models.path: the files of decoder are not those the run began with")
+    (decoder / "pooled.safetensors").write_bytes((TINY / "decoder" / "pooled.safetensors").read_bytes())
+    assert differences(other, identity(f"models.decoder_from={decoder}")) == []

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from uae_fast.checkpoint import checkpoints
+from uae_fast.cli import main
 from uae_fast.config import ConfigError, load_config
 from uae_fast.data import ImageFolder
 from uae_fast.models.loading import load_models, load_run
@@ -126,6 +127,20 @@ def test_what_cannot_be_is_refused(overrides, words):
         load_config("tiny", overrides)
 
 
+def test_fused_ops_compute_over_quantised_weights_without_a_table():
+    """Modulation layers in 4 bits have no table; the rest is fused, and the images are those of diffusers' modules."""
+    models, plain = (
+        load_models(load_config("tiny", [*BOTH["nf4"], f"same_sampler.accelerate={on}"])) for on in (True, False)
+    )
+    assert models.decoder.attention == "auto" and plain.decoder.attention is None
+    latents = torch.randn(2, *models.decoder.latent_shape(32), generator=torch.Generator().manual_seed(0))
+    context = plain.condition([CAPTION, "a blue square"])
+    with torch.no_grad():
+        found, expected = (m.decoder.velocity(latents, m.decoder.sigmas(8)[3], context) for m in (models, plain))
+    assert models.decoder._table is None
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 # ---- taking turns ---------------------------------------------------------------------------------------------------
 
 
@@ -181,3 +196,12 @@ def test_a_run_is_the_same_whoever_waits(world, small_config):
         assert {k: v for k, v in a.items() if "second" not in k} == {k: v for k, v in b.items() if "second" not in k}
     scores = [(run / "samples" / "stage2" / "scores.jsonl").read_text() for run in runs]
     assert scores[0] == scores[1]
+
+
+def test_a_decoder_that_takes_turns_computes_by_diffusers(capsys):
+    options = [*ADAPTERS, "models.offload=true", "device=cpu"]
+    assert load_models(load_config("tiny", options)).decoder.attention is None
+    assert main(["check", "tiny", *options]) == 0
+    assert "decoder: by diffusers, because of models.offload" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"models\.offload is true"):
+        load_config("tiny", [*options, "same_sampler.attention=sdpa"])

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from uae_fast.checkpoint import ADAPTER
 from uae_fast.cli import main
 from uae_fast.config import ConfigError, load_config
-from uae_fast.models.loading import TINY, load_models, load_run, models_folder
+from uae_fast.models.loading import load_models, load_run
+from uae_fast.models.sources import TINY, Source, find_sources
 from uae_fast.report import write_report
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +73,7 @@ def test_models_in_pickles_are_refused_unread(foreign, marker, part, name):
     (problem,) = refused(foreign)
     assert f"{foreign / part} has its weights as pickles ({name}), which may run code" in problem
     with pytest.raises(ConfigError, match="pickles"):
-        models_folder(load_config("tiny", [f"models.path={foreign}"]))  # before anything loads
+        find_sources(load_config("tiny", [f"models.path={foreign}"]))  # before anything loads
 
 
 def test_a_pickle_beside_safetensors_is_not_read(foreign, marker):
@@ -123,7 +124,7 @@ def test_no_kernel_that_a_model_folder_names_is_downloaded(foreign):
         content["vision_config"]["attn_implementation"] = "kernels-community/anything"
         (foreign / part / "config.json").write_text(json.dumps(content))
     models = load_models(load_config("tiny", [f"models.path={foreign}"]))
-    for model in (models.encoder.model, models.reward.model):
+    for model in (models.encoder.model, models.reward.encoders[0].model):
         assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {
             "sdpa"
         }
@@ -153,14 +154,19 @@ def test_a_chat_template_that_does_not_fit_is_named(foreign, template):
     refused(foreign)
 
 
-def test_models_come_from_folders_alone(tmp_path, monkeypatch):
-    """The name of a repository on a hub is no folder; so there is no revision to pin and nothing to download."""
+def test_models_come_from_folders_or_at_a_commit(tmp_path, monkeypatch):
+    """Of a folder nothing is looked for elsewhere; the name of a repository on a hub alone names nothing."""
     monkeypatch.chdir(tmp_path)
     assert "is no folder on this machine" in refused("Qwen/Qwen2.5-VL-3B-Instruct")[0]
     sources = [path.read_text() for path in (ROOT / "uae_fast").rglob("*.py")]
     calls = [call for source in sources for call in re.findall(r"from_pretrained\((?:[^()]|\([^()]*\))*\)", source)]
     assert len(calls) >= 8
-    assert [call for call in calls if "**LOCAL" not in call and "local_files_only=True" not in call] == []
+    bound = ("**LOCAL", "local_files_only=True", "**source.pretrained(", "**reading.pretrained(")
+    assert [call for call in calls if not any(words in call for words in bound)] == []
+    assert Source("folder").pretrained("vae")["local_files_only"] is True
+    for name in ("somebody/something", "somebody/something@main", f"somebody/something@{'0' * 39}"):
+        with pytest.raises(ConfigError, match=r"the 40 digits of a commit|neither a folder"):
+            Source.parse(name, "models.encoder_from")
     unsafe = (
         r"torch\.load\(|pickle\.load|yaml\.(?:unsafe_|full_)?load\(|trust_remote_code=True|(?<![\w.])(?:eval|exec)\("
     )
@@ -211,7 +217,7 @@ def test_only_presets_are_copied_and_only_here(tmp_path, monkeypatch, capsys, na
     (tmp_path / "victim").write_text("seed: 1")
     monkeypatch.chdir(tmp_path / "here")
     assert main(["configs", "copy", name]) == 2
-    assert "presets: tiny" in capsys.readouterr().err or name == "tiny.yaml"
+    assert "presets: " in capsys.readouterr().err or name == "tiny.yaml"
     assert list((tmp_path / "here").iterdir()) == [] and sorted(os.listdir(tmp_path)) == ["here", "victim"]
 
 

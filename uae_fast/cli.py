@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     check = command("check", run_check, "check a configuration and show what a step of it is made of")
     check.add_argument("config", metavar="CONFIG", help=config_help)
     check.add_argument("overrides", nargs="*", metavar="key=value")
+    check.add_argument("--gpu-memory", type=float, metavar="GB", help="say what to change where a stage needs more")
 
     configs = command("configs", run_configs, "list the presets, or copy one to edit")
     configs.add_argument("action", nargs="?", choices=("list", "copy"), default="list")
@@ -80,6 +81,15 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--run", type=Path, help="a run's folder; without one, the weights in the package")
         added.add_argument("--at", choices=MOMENTS, help="which moment of the run; its last one unless given")
         added.add_argument("--seed", type=int, default=0, help="of captions and drawings (default: 0)")
+
+    imported = command("import-uae", run_import_uae, "read the weights that UAE's authors released into a run's folder")
+    imported.add_argument("folder", type=Path, metavar="DIR", help="with llm, llm_lora, dit and dit_lora")
+    imported.add_argument("out", type=Path, metavar="OUT", help="the run's folder, for --run")
+    imported.add_argument("overrides", nargs="*", metavar="key=value", help="of the run's configuration")
+    place = "a folder or owner/name@commit; default: "
+    imported.add_argument("--sd3", default="", help=f"Stable Diffusion 3.5 large, {place}DIR/SD3")
+    imported.add_argument("--processor", default="", help=f"tokenizer and image processor, {place}DIR/llm_processor")
+    imported.add_argument("--reward", default="", help=f"image encoder of the reward, {place}CLIP ViT-L/14")
 
     report = command("report", run_report, "write a run's report.html")
     report.add_argument("run", type=Path, metavar="RUN")
@@ -125,14 +135,16 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
+    from glob import glob
+
     from rich import print as show
     from rich.table import Table
 
     from .config import load_config
-    from .models.loading import models_folder
+    from .models.sources import find_sources
 
     config = load_config(arguments.config, arguments.overrides)
-    models_folder(config)
+    find_sources(config)
     table = Table("stage", "steps", "images", "× group", "= samples", "in micro-batches of", "optimiser steps")
     for number in config.stages:
         stage = getattr(config, f"stage{number}")
@@ -147,11 +159,37 @@ def run_check(arguments: argparse.Namespace) -> int:
     show(f"renders: {config.render.steps} steps at {config.data.resolution}², {config.render.batch} at once")
     show(sampler_line(config))
     for key in ("train", "heldout"):
-        folder = Path(getattr(config.data, key))
-        if not folder.is_dir():
-            show(f"data.{key}: {folder} is not there yet")
+        place = getattr(config.data, key)
+        if "@" not in place and not glob(place):
+            show(f"data.{key}: {place} is not there yet")
     show("the configuration is sound")
+    show_memory(config, arguments.gpu_memory)
     return 0
+
+
+def show_memory(config: Config, limit: float | None) -> None:
+    """The predicted memory of each stage, and what to change where it is more than `limit` GiB."""
+    from rich import print as show
+    from rich.table import Table
+
+    quiet_libraries()
+    from .models.memory import CUDA_BYTES, GIB, advise, predict, worst
+
+    table = Table("stage", "needs most while", "weights and optimiser", "passing", "in all", title="predicted GiB")
+    predicted = predict(config)
+    for number, phases in predicted.items():
+        peak = worst(phases)
+        table.add_row(
+            str(number), peak.name, *(f"{size / GIB:.2f}" for size in (peak.resident, peak.passing, peak.total))
+        )
+    show(table)
+    show(f"every sum has {CUDA_BYTES / GIB:.1f} GiB for CUDA itself; nothing here is measured")
+    for number, phases in predicted.items():
+        if limit is not None and worst(phases).total > limit * GIB:
+            _, changes, needs = advise(config, number, phases, int(limit * GIB))
+            verdict = "would need" if needs.total <= limit * GIB else "would still need"
+            words = f"with {' '.join(changes)} it {verdict} {needs.total / GIB:.2f}" if changes else "nothing to change"
+            show(f"stage {number} does not fit {limit:g} GiB: {words}")
 
 
 def run_configs(arguments: argparse.Namespace) -> int:
@@ -220,6 +258,24 @@ def run_generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_import_uae(arguments: argparse.Namespace) -> int:
+    quiet_libraries()
+    from .models.importing import import_uae
+
+    notes = import_uae(
+        arguments.folder,
+        arguments.out,
+        sd3=arguments.sd3,
+        processor=arguments.processor,
+        reward=arguments.reward,
+        overrides=arguments.overrides,
+    )
+    for note in notes:
+        print(note)
+    print(f"wrote {arguments.out}; caption with it: uae-fast caption IMAGE --run {arguments.out}")
+    return 0
+
+
 def run_report(arguments: argparse.Namespace) -> int:
     from .config import ConfigError
     from .report import write_report
@@ -280,14 +336,16 @@ def sampler_line(config: Config) -> str:
     """How images will be drawn: what computes them, and what makes them another sampler's."""
     from uae_kernels.mmdit.joint_attention import check_backend
 
-    from .config import ConfigError, cheaper
+    from .config import ConfigError, accelerated, cheaper
 
     sampler = config.same_sampler
     try:
         attention = check_backend(sampler.attention)
     except RuntimeError as error:
         raise ConfigError([f"same_sampler.attention: {error}"]) from None
-    line = f"decoder: accelerated, attention by {attention}" if sampler.accelerate else "decoder: by diffusers"
+    line = f"decoder: accelerated, attention by {attention}" if accelerated(config) else "decoder: by diffusers"
+    if sampler.accelerate and config.models.offload:
+        line += ", because of models.offload"
     changed = ", ".join(f"{key} {value}" for key, value in cheaper(config).items())
     return f"{line}; cheaper sampler: {changed}" if changed else line
 

@@ -15,7 +15,7 @@ import yaml
 PRESETS = Path(__file__).parent / "configs"
 TAG = "tag:yaml.org,2002:"
 SCALARS = {TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")}
-FOLDERS = ("run", "models.path", "data.train", "data.heldout")
+FOLDERS = ("run", "data.train", "data.heldout")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
 
 
@@ -32,7 +32,29 @@ class ModelsConfig:
     """Which models, and what of them trains."""
 
     path: str = "tiny"
-    """"tiny" for the small weights that ship with the package, or a folder laid out like them."""
+    """"tiny" for the small weights that ship with the package, a folder laid out like them, or nothing ("") where the
+    keys below name every part; the projector is a new one then."""
+    encoder_from: str = ""
+    """Instead of the folder's encoder: another folder, or owner/name@commit of a Hub repository."""
+    decoder_from: str = ""
+    """Instead of the folder's decoder: another folder, or owner/name@commit of a Hub repository."""
+    load: Literal["pretrained", "dummy"] = "pretrained"
+    """dummy: random weights of the same shapes, made on the device without a file, to try out speed and memory."""
+    start: str = ""
+    """A checkpoint (a folder of a run's `checkpoints`) whose adapters or weights everything starts from."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of frozen weights. Adapters, projector, reward, and what trains in full are in float32."""
+    encoder_quantization: Literal["none", "nf4", "int8"] = "none"
+    """Of the frozen language model under its adapter: 4-bit NormalFloat, or LLM.int8()."""
+    decoder_quantization: Literal["none", "nf4", "int8"] = "none"
+    """Of the frozen transformer blocks under their adapter."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass instead of keeping their activations."""
+    offload: bool = False
+    """Keep in host memory what is not computing: encoder, decoder and reward take turns on the device."""
+    cache: str = ""
+    """Folder for the pooled condition, which the decoder's text encoders make once. Unless given: beside a decoder that
+    is in a folder, else in the run's folder."""
     encoder: Literal["lora", "full"] = "lora"
     """What trains of the encoder's language model; vision tower and LM head never do."""
     decoder: Literal["lora", "full"] = "lora"
@@ -43,10 +65,15 @@ class ModelsConfig:
 
 @dataclass
 class DataConfig:
-    """Folders of images. `captions.jsonl` in them ({file, caption}) is for stages 0 and 1 and for evaluation alone."""
+    """Folders of images, or parquet files: a folder of them, a pattern ("data/train-*.parquet"), or owner/name@commit
+    of a dataset on the Hub. Captions, from `captions.jsonl` ({file, caption}) or a column, are for stages 0 and 1 and
+    for evaluation alone."""
 
     train: str = "data/tiny/train"
     heldout: str = "data/tiny/heldout"
+    image_column: str = "image"
+    """Of parquet files: cells with an encoded image, as Hugging Face datasets keep them."""
+    caption_column: str = "caption"
     resolution: int = 32
     """Side of the images the decoder draws, in pixels."""
     max_bad: float = 0.01
@@ -58,6 +85,9 @@ class CaptionConfig:
     """How captions are written."""
 
     prompt: str = "describe the image"
+    image_tokens: int = 0
+    """The most tokens an image takes in the encoder's context; larger images are made smaller. 0: as the encoder's
+    image processor says."""
     max_new_tokens: int = 512
     temperature: float = 0.7
     """Of evaluation, stage 3 and `uae-fast caption`; stage 2 samples with its own."""
@@ -94,7 +124,8 @@ class SameSamplerConfig:
     """How fast images are drawn: the same images, up to rounding."""
 
     accelerate: bool = True
-    """The decoder computes by the fused ops of `uae_kernels.mmdit`; false: by diffusers' own modules."""
+    """The decoder computes by the fused ops of `uae_kernels.mmdit`; false, or with `models.offload`: by diffusers' own
+    modules."""
     attention: Literal["auto", "sdpa", "flash-attn", "xformers"] = "auto"
     """What computes the accelerated decoder's attention; auto is torch's `scaled_dot_product_attention`."""
     decode_batch: int = 0
@@ -107,6 +138,24 @@ class CheaperSamplerConfig:
 
     vae: Literal["full", "tiny"] = "full"
     """tiny: an AutoencoderTiny in decoder/vae_tiny turns latents into images."""
+
+
+@dataclass
+class RewardConfig:
+    """What a reconstruction is compared by."""
+
+    encoders: list[str] = field(default_factory=list)
+    """Image encoders (CLIP, SigLIP, DINOv2 or DINOv3): folders, or owner/name@commit of Hub repositories. Empty: the
+    one in `models.path`."""
+    weights: list[float] = field(default_factory=list)
+    """Of each encoder's cosine in the reward; equal if empty."""
+    heldout: str = ""
+    """One more image encoder that is reported beside the reward and never trained on: it shows a reward that is merely
+    being pleased."""
+    free_tokens: int = 0
+    """Length control of stage 2: tokens a caption may have without a loss of reward."""
+    token_penalty: float = 0.0
+    """Reward taken off in stage 2 for every token beyond `free_tokens`; 0 turns length control off."""
 
 
 @dataclass
@@ -251,6 +300,7 @@ class Config:
     render: RenderConfig = field(default_factory=RenderConfig)
     same_sampler: SameSamplerConfig = field(default_factory=SameSamplerConfig)
     cheaper_sampler: CheaperSamplerConfig = field(default_factory=CheaperSamplerConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     stage0: Stage0Config = field(default_factory=Stage0Config)
     stage1: Stage1Config = field(default_factory=Stage1Config)
@@ -258,6 +308,11 @@ class Config:
     stage3: Stage3Config = field(default_factory=Stage3Config)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def accelerated(config: Config) -> bool:
+    """Whether the decoder computes by fused ops; one that takes turns on the device (`models.offload`) does not."""
+    return config.same_sampler.accelerate and not config.models.offload
 
 
 def cheaper(config: Config) -> dict[str, str]:
@@ -494,6 +549,7 @@ def invariants(config: Config) -> list[tuple[str, str]]:
     for key in FOLDERS:
         group, _, leaf = key.rpartition(".")
         need(bool(getattr(getattr(c, group) if group else c, leaf).strip()), key, "names no folder")
+    need(bool(c.models.path.strip()) or not c.models.path, "models.path", "names no folder")
     need(
         bool(DEVICE.fullmatch(c.device)),
         "device",
@@ -535,9 +591,10 @@ def invariants(config: Config) -> list[tuple[str, str]]:
         f"must ascend and lie below condition.length = {c.condition.length}",
     )
     need(
-        c.same_sampler.accelerate or c.same_sampler.attention == "auto",
+        accelerated(c) or c.same_sampler.attention == "auto",
         "same_sampler.attention",
-        "chooses for the accelerated decoder alone; same_sampler.accelerate is false",
+        "chooses for the accelerated decoder alone; "
+        + ("models.offload is true" if c.models.offload else "same_sampler.accelerate is false"),
     )
     need(c.stage1.sampler_steps >= 1, "stage1.sampler_steps", "at least 1")
     need(
@@ -570,6 +627,35 @@ def invariants(config: Config) -> list[tuple[str, str]]:
     need(c.models.lora_rank >= 1, "models.lora_rank", "at least 1")
     need(c.models.lora_alpha >= 1, "models.lora_alpha", "at least 1: at 0 an adapter adds nothing")
     need(c.optimizer.max_skipped >= 1, "optimizer.max_skipped", "at least 1")
+    for part in ("encoder", "decoder"):
+        quantization = getattr(c.models, f"{part}_quantization")
+        key = f"models.{part}_quantization"
+        need(
+            quantization == "none" or getattr(c.models, part) == "lora",
+            key,
+            f"quantised weights do not train in full: set models.{part} to lora",
+        )
+        need(
+            quantization != "int8" or not c.models.offload,
+            key,
+            "int8 weights cannot be moved by models.offload: choose nf4",
+        )
+        need(
+            getattr(c.models, part) == "lora" or not c.models.offload,
+            f"models.{part}",
+            "what trains in full keeps copies that models.offload cannot move: choose lora",
+        )
+    encoders, weights = c.reward.encoders or [""], c.reward.weights
+    need(
+        len(weights) in (0, len(encoders)),
+        "reward.weights",
+        f"{len(weights)} weights for {len(encoders)} encoders (reward.encoders)",
+    )
+    need(
+        all(weight >= 0 for weight in weights) and (not weights or sum(weights) > 0),
+        "reward.weights",
+        "must not be negative, nor all 0",
+    )
     need(c.checkpoint.every >= 1, "checkpoint.every", "at least 1")
     need(c.checkpoint.keep >= 1, "checkpoint.keep", "at least 1")
     return found

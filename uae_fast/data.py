@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class ImageFolder:
         self.skipped: dict[str, str] = {}
         for file in self.files:
             self._read(file)
-        self._check_share()
+        check_share(self.key, self.folder, self.skipped, len(self.files), self.max_bad)
         self.ids = [i for i, file in enumerate(self.files) if file not in self.skipped]
         self.strangers: dict[str, int] = {}
         self.rows = self._read_captions()
@@ -101,17 +102,6 @@ class ImageFolder:
         except Exception as error:  # whatever a decoder raises on a broken file
             self.skipped[file] = printable(str(error) or type(error).__name__)
             return None
-
-    def _check_share(self) -> None:
-        bad, count = len(self.skipped), len(self.files)
-        if bad > self.max_bad * count or bad == count:
-            raise ConfigError(
-                [
-                    f"{self.key}: {bad} of the {count} images in {self.folder} cannot be read, "
-                    f"and data.max_bad = {self.max_bad} allows {int(self.max_bad * count)}",
-                    *listed([f"{printable(file)}: {reason}" for file, reason in self.skipped.items()]),
-                ]
-            )
 
     def _read_captions(self) -> dict[str, Row]:
         path = self.folder / "captions.jsonl"
@@ -200,11 +190,28 @@ class ImageFolder:
             if image is not None:
                 return self._example(i, image)
             print(self._skip_note(self.files[i]), flush=True)
-            self._check_share()
-        raise AssertionError("_check_share raises where no image is left")
+            check_share(self.key, self.folder, self.skipped, len(self.files), self.max_bad)
+        raise AssertionError("check_share raises where no image is left")
 
     def _order(self, seed: int, stage: str, epoch: int) -> Sequence[int]:
         return torch.randperm(len(self.files), generator=generator(seed, "order", stage, epoch)).tolist()
+
+
+def check_share(key: str, folder: Path, skipped: dict[str, str], count: int, max_bad: float) -> None:
+    """Refuses a folder of `count` images of which more than `max_bad`, or all, could not be read.
+
+    Raises:
+        ConfigError: with every one of those, and the reason.
+    """
+    bad = len(skipped)
+    if bad > max_bad * count or bad == count:
+        raise ConfigError(
+            [
+                f"{key}: {bad} of the {count} images in {folder} cannot be read, "
+                f"and data.max_bad = {max_bad} allows {int(max_bad * count)}",
+                *listed([f"{printable(name)}: {reason}" for name, reason in skipped.items()]),
+            ]
+        )
 
 
 def read_row(line: str) -> tuple[str, Row]:
@@ -235,7 +242,7 @@ def listed(lines: list[str], most: int = 50) -> list[str]:
     return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
 
 
-def load_image(path: Path) -> Image.Image:
+def load_image(path: Path | BinaryIO) -> Image.Image:
     """An image as RGB, upright, its first frame if it moves; transparency lies on white.
 
     Of 16-bit pixels the high byte is taken. Colour profiles are not applied: CMYK is converted by the plain formula.
@@ -243,7 +250,7 @@ def load_image(path: Path) -> Image.Image:
     Raises:
         Exception: whatever the decoder raises on a broken file; ValueError for what has no defined picture.
     """
-    if not path.is_file():  # a folder, or a pipe that would never end
+    if isinstance(path, Path) and not path.is_file():  # a folder, or a pipe that would never end
         raise ValueError("not a file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -5,30 +5,35 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .config import Config, ConfigError, leaves
-from .models.loading import PARTS, models_folder, run_device
+from .models.loading import run_device
+from .models.sources import Source, find_sources
+from .parquet import HUB_FILES
 
 # Keys that change nothing of what is computed. Of folders it is the contents that count, under the same keys.
-FREE = {"run", "device", "reporters", "models.path", "data.train", "data.heldout"}
+FREE = {
+    "run", "device", "reporters", "models.path", "models.encoder_from", "models.decoder_from", "models.cache",
+    "models.start", "reward.encoders", "reward.heldout", "data.train", "data.heldout",
+}  # fmt: skip
 
 
 def run_identity(config: Config) -> dict[str, Any]:
     """What a run is made of, by key, as JSON: its configuration, and fingerprints of its models and data.
 
-    "models.path" has the SHA-256 of each part's files, "data.train" and "data.heldout" that of all files, "precision"
-    how numbers are computed.
+    "models.path" has the SHA-256 of each part's files, wherever they are (of a Hub repository its commit), "data.train"
+    and "data.heldout" that of all files, "precision" how numbers are computed.
     """
     found = {key: _value(config, key) for key in leaves() if key not in FREE and not key.startswith("checkpoint.")}
-    folder = models_folder(config)
-    found["models.path"] = {part: fingerprint(folder / part) for part in PARTS}
+    found["models.path"] = _parts(config)
     for key in ("data.train", "data.heldout"):
-        found[key] = fingerprint(Path(_value(config, key)))
+        found[key] = _images(_value(config, key))
     found["precision"] = f"{torch.get_float32_matmul_precision()} float32 products on {run_device(config).type}"
     return found
 
@@ -56,9 +61,39 @@ def machine(config: Config) -> str:
     return f"torch {torch.__version__} on {name}"
 
 
-def fingerprint(path: Path) -> str:
-    """SHA-256 over names and contents of a file, or of all files below a folder; hidden ones aside."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
+def _parts(config: Config) -> dict[str, str]:
+    """A fingerprint of each of the models, by part."""
+    sources = find_sources(config)
+    found = {"encoder": _source(sources.encoder), "decoder": _source(sources.decoder)}
+    if sources.projector is not None:
+        found["projector.safetensors"] = fingerprint(sources.projector)
+    for i, source in enumerate(sources.rewards, 1):
+        found["reward" if i == 1 else f"reward {i}"] = _source(source)
+    if sources.heldout is not None:
+        found["heldout"] = _source(sources.heldout)
+    if config.models.start:
+        found["start"] = fingerprint(Path(config.models.start))
+    return found
+
+
+def _source(source: Source) -> str:
+    if source.folder is None:
+        return str(source)
+    made = {"pooled.safetensors"} if source.has("text_encoder") else set()  # by the text encoders, in the first run
+    return fingerprint(source.folder, without=made)
+
+
+def _images(place: str) -> str:
+    if not Path(place).exists() and HUB_FILES.fullmatch(place):
+        return place
+    files = [Path(place)] if Path(place).exists() else sorted(map(Path, glob(place)))
+    return " ".join(map(fingerprint, files))
+
+
+def fingerprint(path: Path, without: Set[str] = frozenset()) -> str:
+    """SHA-256 over names and contents of a file, or of all files below a folder; hidden ones and `without` aside."""
+    below = (p for p in path.rglob("*") if p.is_file() and p.name[0] != "." and p.name not in without)
+    files = [path] if path.is_file() else sorted(below)
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as content:
@@ -75,7 +110,8 @@ def _value(config: Any, key: str) -> Any:
 
 def _difference(key: str, saved: Any, present: Any) -> str:
     if key == "models.path":
-        changed = [part for part in present if (saved or {}).get(part) != present[part]]
+        saved = saved or {}
+        changed = [part for part in {**saved, **present} if saved.get(part) != present.get(part)]
         return f"the files of {', '.join(changed)} are not those the run began with"
     if key.startswith("data."):
         return "the folder's files are not those the run began with"

@@ -19,6 +19,7 @@ from .guards import RunFailed, StopRequest, first_non_finite
 from .identity import machine
 from .logging import RunLog
 from .models import Models
+from .parquet import ParquetImages
 from .stages import Stage
 
 
@@ -71,7 +72,7 @@ class Run:
 
     config: Config
     models: Models
-    data: ImageFolder
+    data: ImageFolder | ParquetImages
     folder: Path
     identity: dict[str, Any]
     start: Path | None

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from .checkpoint import checkpoints, clear_leftovers, load_checkpoint, newest_checkpoint, read_state
 from .config import Config, ConfigError, save_config
-from .data import Example, ImageFolder
+from .data import Example
 from .determinism import set_deterministic
 from .evaluate.heldout import Evaluator
 from .guards import Interrupted, fetch, non_finite, shrink_micro_batch, stop_requests
 from .identity import differences, machine, run_identity
 from .logging import ProgressLine, RunLog, progress_words
-from .models.loading import load_models, models_folder
+from .models.loading import load_models
+from .models.sources import find_sources
 from .optim import RunningMean, build_optimizer, optimizer_tensors, restore_optimizer, warm_up
+from .parquet import open_images
 from .report import write_report
 from .run import Position, Run
 from .stages import Metrics, Stage
@@ -56,12 +58,12 @@ def train(config: Config, *, resume: bool = False, force: Sequence[str] = ()) ->
         raise ConfigError([f"run: {folder} has no checkpoint to resume from"])
     if not resume and (checkpoints(folder / "checkpoints") or (folder / "metrics.jsonl").exists()):
         raise ConfigError([f"run: {folder} has a run already; go on with --resume, or name another folder (run=…)"])
-    models_folder(config)
+    find_sources(config)
     print(set_deterministic(config.deterministic), flush=True)
     kinds = [STAGES[number] for number in config.stages]
-    captions, max_bad = any(kind.needs_captions for kind in kinds), config.data.max_bad
-    data = ImageFolder(config.data.train, "data.train", captions=captions, max_bad=max_bad)
-    heldout = ImageFolder(config.data.heldout, "data.heldout", max_bad=max_bad)
+    captions = any(kind.needs_captions for kind in kinds)
+    data = open_images(config.data.train, "data.train", config.data, captions=captions)
+    heldout = open_images(config.data.heldout, "data.heldout", config.data)
     for note in (*data.notes(), *heldout.notes()):
         print(note, flush=True)
     identity, position = run_identity(config), Position()

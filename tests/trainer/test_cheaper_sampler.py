@@ -9,7 +9,8 @@ import torch
 
 from uae_fast.cli import main
 from uae_fast.config import ConfigError, cheaper, load_config
-from uae_fast.models.loading import TINY, load_models
+from uae_fast.models.loading import load_models
+from uae_fast.models.sources import TINY
 from uae_fast.rollout.renders import draw
 from uae_fast.stages.cold_start import ColdStart
 from uae_fast.trainer import train

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from uae_fast.config import ConfigError, load_config
 from uae_fast.models.encoder import Encoder
-from uae_fast.models.loading import TINY, load_models
+from uae_fast.models.loading import load_models
+from uae_fast.models.sources import TINY
 from uae_fast.rollout.captions import sample_captions
 from uae_fast.tiny.scenes import sample_scenes
 

@@ -14,7 +14,7 @@ from uae_fast.checkpoint import checkpoints, read_state
 from uae_fast.cli import main
 from uae_fast.config import ConfigError, save_config
 from uae_fast.logging import RunLog
-from uae_fast.models.loading import TINY
+from uae_fast.models.sources import TINY
 from uae_fast.trainer import train
 
 EVERY_STAGE = (

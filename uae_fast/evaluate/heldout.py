@@ -18,7 +18,8 @@ from ..config import Config, cheaper
 from ..data import Example, ImageFolder
 from ..logging import ProgressLine
 from ..models import Models
-from ..models.loading import models_folder
+from ..models.sources import models_folder
+from ..parquet import ParquetImages
 from ..rollout.captions import sample_captions
 from ..rollout.renders import draw
 from ..seeds import derive_seed
@@ -35,14 +36,15 @@ class Evaluator:
     the images' `captions.jsonl` does not tell (attributes, complete captions) is left null.
     """
 
-    def __init__(self, config: Config, models: Models, data: ImageFolder, folder: Path):
+    def __init__(self, config: Config, models: Models, data: ImageFolder | ParquetImages, folder: Path):
         self.config, self.models, self.folder = config, models, folder
         self.count = min(config.evaluate.images, len(data))
         self.data = data
         self.pictures = picture_names(data.files)
         weights = models_folder(config)
-        judged = (weights / "classifier.safetensors").is_file() and data.captioned
-        self.classifier = Classifier.load(weights) if judged else None
+        self.classifier = None
+        if weights is not None and (weights / "classifier.safetensors").is_file() and data.captioned:
+            self.classifier = Classifier.load(weights)
 
     def measure(self, moment: str) -> None:
         """Captions, reconstructs and scores the held-out images under the name of `moment`; does so only once."""
@@ -97,11 +99,12 @@ class Evaluator:
                     [caption for caption, _ in captions],
                     [derive_seed(config.seed, "heldout", "noise", example.id) for example in examples],
                 )
-                rewards = models.reward(images, models.reward.embed_sources([e.image for e in examples])).tolist()
+                rewards = self._rewards(images, examples)
                 accuracies = self._accuracies(images, examples)
                 for i, example in enumerate(examples):
                     caption, tokens = captions[i]
-                    row = score(example, caption, tokens, rewards[i], accuracies[i])
+                    said = {name: values[i] for name, values in rewards.items()}
+                    row = score(example, caption, tokens, said, accuracies[i])
                     if len(rows) < config.evaluate.gallery:
                         row["picture"] = self.pictures[example.file]
                         to_image(images[i]).save(folder / row["picture"])
@@ -120,6 +123,16 @@ class Evaluator:
             max_new_tokens=config.caption.max_new_tokens,
         )
         return list(zip(captions.texts, captions.mask.sum(1).tolist(), strict=True))
+
+    def _rewards(self, images: Tensor, examples: list[Example]) -> dict[str, list[float]]:
+        """What the reward and, where there is one, the held-out encoder say of the reconstructions."""
+        sources, names = [example.image for example in examples], [("heldout", example.id) for example in examples]
+        judges = {"reward": self.models.reward, "heldout_reward": self.models.heldout}
+        return {
+            name: judge(images, judge.embed_sources(sources, names)).tolist()
+            for name, judge in judges.items()
+            if judge is not None
+        }
 
     def _accuracies(self, images: Tensor, examples: list[Example]) -> list[float | None]:
         found: list[float | None] = [None] * len(examples)
@@ -147,13 +160,15 @@ def find_scene(example: Example) -> Scene | None:
         return None
 
 
-def score(example: Example, caption: str, tokens: int | None, reward: float, accuracy: float | None) -> dict:
-    """One image's row of `scores.jsonl`."""
+def score(
+    example: Example, caption: str, tokens: int | None, rewards: dict[str, float], accuracy: float | None
+) -> dict:
+    """One image's row of `scores.jsonl`, with "reward" and perhaps "heldout_reward"."""
     recall, precision = caption_scores(caption, example.attributes) if example.attributes else (None, None)
     return {
         "file": example.file,
         "caption": caption,
-        "reward": reward,
+        **rewards,
         "tokens": tokens,
         "recall": recall,
         "precision": precision,
@@ -165,7 +180,9 @@ def moment_summary(rows: list[dict], previous: list[dict]) -> dict:
     """A moment's entry in `summary.json`; gains are paired over images with the moment before."""
     rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
     gains = rewards - torch.tensor([row["reward"] for row in previous], dtype=torch.float64) if previous else None
+    heldout = {"heldout_reward": _mean(rows, "heldout_reward")} if "heldout_reward" in rows[0] else {}
     return {
+        **heldout,
         "reward": rewards.mean().item(),
         "reward_stderr": _stderr(rewards),
         "reward_gain_stderr": None if gains is None else _stderr(gains),

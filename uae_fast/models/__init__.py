@@ -22,6 +22,8 @@ class Models:
     projector: Projector
     decoder: Decoder
     reward: Reward
+    heldout: Reward | None = None
+    """The image encoder that is reported beside the reward and never trained on (`reward.heldout`)."""
     reader: str = "reader"
     """Who re-reads captions: "reader" (`condition.adapter: frozen`) or "policy" (`live`)."""
 
@@ -46,6 +48,7 @@ class Models:
 
     def to(self, device: torch.device) -> Models:
         """Moves every network."""
-        for part in (self.encoder, self.projector, self.decoder, self.reward):
-            part.to(device)
+        for part in (self.encoder, self.projector, self.decoder, self.reward, self.heldout):
+            if part is not None:
+                part.to(device)
         return self

@@ -83,8 +83,9 @@ class Decoder(nn.Module):
     def accelerate(self, attention: str = "auto", schedules: Sequence[int] = ()) -> None:
         """From now on the transformer computes by `uae_kernels.mmdit`; parameters and their names stay as they are.
 
-        While nothing that makes modulations trains, a table holds them for the levels of `schedules`, and their layers'
-        weights wait in the host's memory. It is made when it is first needed, and anew after training.
+        While nothing that makes modulations trains, and unless their layers are quantised, a table holds them for the
+        levels of `schedules`, and their layers' weights wait in the host's memory. It is made when it is first needed,
+        and anew after training.
 
         Args:
             attention: the backend, see `uae_kernels.mmdit.joint_attention`.
@@ -92,10 +93,12 @@ class Decoder(nn.Module):
                 level modulations are computed.
         """
         from uae_kernels.mmdit import accelerate_sd3
+        from uae_kernels.mmdit.modulation_table import modulation_layers
 
         accelerate_sd3(self.transformer, attention=attention)
         self.attention = attention
-        self._tabulated = [self.sigmas(steps) for steps in dict.fromkeys(schedules)]
+        plain = all(type(layer) is nn.Linear for layer in modulation_layers(self.transformer).values())
+        self._tabulated = [self.sigmas(steps) for steps in dict.fromkeys(schedules)] if plain else []
 
     def _use_table(self, wanted: bool) -> None:
         if wanted == self._uses_table:
@@ -129,6 +132,9 @@ class Decoder(nn.Module):
 
             config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
             self.transformer.add_adapter(config)
+            for name, parameter in self.transformer.named_parameters():
+                if ".lora_" in name:
+                    parameter.data = parameter.data.float()  # whatever the base is kept in
             self.has_adapter = True
             self.freeze()
 
@@ -141,6 +147,11 @@ class Decoder(nn.Module):
         for parameter in parameters:
             parameter.requires_grad_(True)
         return parameters
+
+    def checkpoint_gradients(self) -> None:
+        """From now on blocks of transformer and VAE are computed again in the backward pass, not kept for it."""
+        self.transformer.enable_gradient_checkpointing()
+        self.vae.enable_gradient_checkpointing()
 
     def freeze(self) -> None:
         """Nothing of the decoder trains."""

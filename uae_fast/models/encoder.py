@@ -6,11 +6,13 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import ConfigError, unicode_text
 
@@ -82,6 +84,7 @@ class Encoder(nn.Module):
     """
 
     model: Any
+    place: Tensor  # empty; says which device inputs belong on
 
     def __init__(
         self,
@@ -101,6 +104,7 @@ class Encoder(nn.Module):
         self.buckets = tuple(buckets)
         self.reader_copy: Any = None
         self.adapters: Any = None  # the PeftModel around self.model
+        self.register_buffer("place", torch.empty(0), persistent=False)
         self.requires_grad_(False).eval()
 
         config = model.config
@@ -138,7 +142,7 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        return self.place.device
 
     @property
     def head(self) -> nn.Linear:
@@ -193,6 +197,14 @@ class Encoder(nn.Module):
         for parameter in parameters:
             parameter.requires_grad_(True)
         return parameters
+
+    def checkpoint_gradients(self) -> None:
+        """From now on layers of the language model are computed again in the backward pass, not kept for it."""
+        language_model = self.model.model.language_model
+        for layer in language_model.layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        language_model.register_forward_pre_hook(_checkpoint_where_gradients_flow)
 
     def freeze(self) -> None:
         """Nothing of the encoder trains."""
@@ -319,3 +331,9 @@ class Encoder(nn.Module):
     def buckets_of(self, captions: Sequence[str]) -> list[int]:
         """The bucket of each caption as it is re-read, from the caption alone."""
         return [self.bucket(len(ids)) for ids in self._framed(captions)]
+
+
+def _checkpoint_where_gradients_flow(language_model: Any, _: Any) -> None:
+    """transformers checkpoints layers in training mode, and takes their cache away: sampling must not be in it."""
+    for layer in language_model.layers:
+        layer.training = torch.is_grad_enabled()  # of the layer alone: its parts stay in evaluation mode

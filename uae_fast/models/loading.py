@@ -1,17 +1,18 @@
-"""Models from folders and into folders, in the layouts their own libraries read and write."""
+"""Models from folders and from the Hub, and into folders, in the layouts their own libraries read and write."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..checkpoint import (
-    LOCAL,
     DamagedCheckpoint,
     checkpoints,
     find_moment,
@@ -19,87 +20,28 @@ from ..checkpoint import (
     read_state,
     verify_checkpoint,
 )
-from ..config import Config, ConfigError, load_config, printable
+from ..config import Config, ConfigError, accelerated, load_config, printable
 from ..seeds import derive_seed
 from . import Models
 from .decoder import Decoder
+from .dummy import dummy_tokenizer, empty, fill
 from .encoder import Encoder
+from .offload import Offloader
 from .projector import Projector
-from .reward import Reward
+from .quantize import quantize_linears
+from .reward import ImageEncoder, Reward
+from .sources import Source, find_sources, named, pooled_file
 
-TINY = Path(__file__).parent.parent / "tiny" / "weights"
-PARTS = ("encoder", "decoder", "projector.safetensors", "reward")  # of a folder of models
-WEIGHTS = ("encoder", "decoder/transformer", "decoder/vae", "reward")  # what has its weights in a folder of its own
-PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 MAX_SHARD = "2MB"
-VAE_TINY = "decoder/vae_tiny"
-
-
-def models_folder(config: Config) -> Path:
-    """The folder behind `models.path`, which no model hub stands behind: what is not on the disk is not loaded.
-
-    Raises:
-        ConfigError: there is none, a part is missing in it, it has weights that cannot be read without running code, or
-            its decoder does not draw images of `data.resolution`.
-    """
-    folder = TINY if config.models.path == "tiny" else Path(config.models.path)
-    if not folder.is_dir():
-        raise ConfigError(
-            [f'models.path: {folder} is no folder on this machine; "tiny" names the weights in the package']
-        )
-    parts = (*WEIGHTS, "decoder/scheduler", "projector.safetensors")
-    missing = [part for part in parts if not (folder / part).exists()]
-    problems = [f"models.path: {folder} has no {', '.join(missing)}"] if missing else []
-    weights = [part for part in WEIGHTS if part not in missing]
-    if config.cheaper_sampler.vae == "tiny":
-        if (folder / VAE_TINY).exists():
-            weights.append(VAE_TINY)
-        else:
-            problems.append(f"cheaper_sampler.vae: {folder} has no {VAE_TINY}, an AutoencoderTiny; choose full")
-    for part in weights:
-        problems += [f"models.path: {folder / part} {fault}" for fault in unsafe_weights(folder / part)]
-    if not problems:
-        problems = _unfit_resolution(config.data.resolution, folder / "decoder")
-    if problems:
-        raise ConfigError(problems)
-    return folder
-
-
-def unsafe_weights(folder: Path) -> list[str]:
-    """Why the weights of a model's folder are not read, if they are not: nothing here is unpickled."""
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        if pickles:
-            return [f"has its weights as pickles ({', '.join(pickles)}), which may run code; convert to safetensors"]
-        return ["has no weights (*.safetensors)"]
-    outside = []
-    for index in folder.glob("*.index.json"):
-        with named(str(index)):
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            outside += [f"has a shard outside itself: {printable(name)}" for name in shards if Path(name).name != name]
-    return outside
-
-
-def _unfit_resolution(resolution: int, decoder: Path) -> list[str]:
-    with named(str(decoder)):
-        vae, transformer = (json.loads((decoder / part / "config.json").read_text()) for part in ("vae", "transformer"))
-        unit = 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
-        largest = unit * transformer["pos_embed_max_size"]
-        if resolution % unit or not resolution <= largest:
-            return [f"data.resolution: {resolution} is no multiple of {unit} up to {largest}, as {decoder} draws"]
-        return []
-
-
-@contextmanager
-def named(what: str) -> Iterator[None]:
-    """Within, whatever a library raises on a file that is not what it should be becomes a line that names it."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise ConfigError([f"models.path: {what} cannot be loaded: {printable(reason)}"]) from error
+PROJECTOR_WIDTH = 8192  # of a new projector (METHOD §1)
+IMAGE_ENCODERS = {  # classes of transformers by "model_type"
+    "clip": "CLIPModel",
+    "siglip": "SiglipModel",
+    "dinov2": "Dinov2Model",
+    "dinov3_vit": "DINOv3ViTModel",
+}
+# The attention is named here, because a name in a folder's config.json could be that of a kernel to be downloaded.
+ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa"}
 
 
 def run_device(config: Config) -> torch.device:
@@ -116,36 +58,75 @@ def run_device(config: Config) -> torch.device:
 
 
 def load_models(config: Config) -> Models:
-    """The networks of a configuration, frozen, in fp32, with what trains prepared.
+    """The networks of a configuration, frozen, on its device, with what trains prepared.
 
-    `models.path` is a folder of ``encoder/`` (model, tokenizer, image processor), ``decoder/`` (transformer, vae,
-    scheduler, pooled.safetensors), ``projector.safetensors`` and ``reward/`` (a CLIP model).
+    Each part comes from where `models` and `reward` say (`find_sources`): safetensors alone, and no code but the
+    libraries' own. Frozen weights are in `models.dtype` or quantised; adapters, the projector, whatever trains in full
+    and the reward's image encoders are in fp32.
+
+    Raises:
+        ConfigError: a part is missing, has no safetensors or cannot be read, or `models.start` is damaged.
     """
-    folder = models_folder(config)
+    sources, settings = find_sources(config), config.models
     device = run_device(config)
-    with named(str(folder / "encoder")):
+    seed = derive_seed(config.seed, "dummy") if settings.load == "dummy" else None
+
+    def options(trains: str, quantization: str = "none") -> dict[str, Any]:
+        dtype = torch.float32 if trains == "full" else getattr(torch, settings.dtype)
+        return {"dtype": dtype, "device": device, "quantization": quantization, "seed": seed}
+
+    def judge(source: Source) -> ImageEncoder:
+        with named(source.key, source):
+            return load_image_encoder(source, device, seed)
+
+    with named(sources.encoder.key, sources.encoder):
         encoder = load_encoder(
-            folder / "encoder",
+            sources.encoder,
             caption_prompt=config.caption.prompt,
             condition_length=config.condition.length,
             buckets=config.condition.buckets,
+            image_tokens=config.caption.image_tokens,
+            **options(settings.encoder, settings.encoder_quantization),
         )
-    with named(str(folder / "projector.safetensors")):
-        projector = load_projector(folder)
-    with named(str(folder / "decoder")):
-        decoder = load_decoder(folder / "decoder", tiny=config.cheaper_sampler.vae == "tiny")
-    with named(str(folder / "reward")):
-        reward = load_reward(folder / "reward")
-    reader = "reader" if config.condition.adapter == "frozen" else "policy"
-    models = Models(encoder, projector, decoder, reward, reader)
-    settings = config.models
+    with named(sources.decoder.key, sources.decoder):
+        decoder = load_decoder(
+            sources.decoder,
+            pooled_file(config, sources.decoder),
+            tiny=config.cheaper_sampler.vae == "tiny",
+            **options(settings.decoder, settings.decoder_quantization),
+        )
+    if sources.projector is None:
+        projector = new_projector(encoder, decoder, derive_seed(config.seed, "projector"))
+    else:
+        with named("models.path", sources.projector):
+            projector = load_projector(sources.projector)
+    models = Models(
+        encoder,
+        projector,
+        decoder,
+        Reward([judge(source) for source in sources.rewards], config.reward.weights),
+        heldout=None if sources.heldout is None else Reward([judge(sources.heldout)]),
+        reader="reader" if config.condition.adapter == "frozen" else "policy",
+    )
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(config.seed, "lora"))
         models.encoder.prepare_training(settings.encoder, settings.lora_rank, settings.lora_alpha)
         models.decoder.prepare_training(settings.decoder, settings.lora_rank, settings.lora_alpha)
-    models.to(device)
-    if config.same_sampler.accelerate:
-        accelerate_decoder(models.decoder, config)
+    if settings.gradient_checkpointing:
+        models.encoder.checkpoint_gradients()
+        models.decoder.checkpoint_gradients()
+    if settings.start:
+        try:
+            verify_checkpoint(Path(settings.start))
+        except DamagedCheckpoint as error:
+            raise ConfigError([f"models.start: {error}"]) from None
+        load_checkpoint(Path(settings.start), models)
+    if settings.offload:
+        Offloader(models, device)
+    else:
+        models.to(device)
+    if accelerated(config):
+        accelerate_decoder(decoder, config)
     return models
 
 
@@ -170,21 +151,61 @@ def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
     encoder.image_processor.save_pretrained(folder)
 
 
-def load_encoder(folder: Path, *, caption_prompt: str, condition_length: int, buckets: Sequence[int] = ()) -> Encoder:
-    """An encoder in fp32 from a folder with model, tokenizer and image processor.
+def load_encoder(
+    source: Source,
+    *,
+    caption_prompt: str,
+    condition_length: int,
+    buckets: Sequence[int] = (),
+    image_tokens: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    quantization: str = "none",
+    seed: int | None = None,
+) -> Encoder:
+    """A Qwen2.5-VL with its tokenizer and image processor.
 
-    Its chat template is rendered by transformers in a sandbox without access to Python. The attention is named here,
-    because a name in the folder's config.json could be that of a kernel to be downloaded.
+    Its chat template is rendered by transformers in a sandbox without access to Python.
+
+    Args:
+        source: model (``config.json``, safetensors), tokenizer and image processor.
+        caption_prompt, condition_length, buckets: as `Encoder` takes them.
+        image_tokens: the most tokens of an image; 0 as the image processor says.
+        dtype: of the weights.
+        device: where quantised or random weights are made.
+        quantization: of the linear layers of the language model, its head excepted: "none", "nf4" or "int8".
+        seed: not None: the weights are random, and nothing but the configuration is read.
     """
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+    device = device or torch.device("cpu")
+    if seed is None:
+        model = pretrained(Qwen2_5_VLForConditionalGeneration, source, dtype=dtype, **ATTENTION)
+        tokenizer = AutoTokenizer.from_pretrained(**source.pretrained(), trust_remote_code=False)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(**source.pretrained())
+        if quantization != "none":
+            quantize_linears(model, [model.model.language_model.layers], quantization, device)
+    else:
+        config: Any = Qwen2_5_VLConfig(**source.configuration("model"))
+        vision = config.vision_config
+        model = empty(lambda: Qwen2_5_VLForConditionalGeneration(config), buffers=device.type != "meta")
+        fill(model, device, dtype, seed, quantization=quantization, inside=[model.model.language_model.layers])
+        tokenizer = dummy_tokenizer(config)
+        image_processor = Qwen2VLImageProcessorPil(
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            merge_size=vision.spatial_merge_size,
+            size=source.configuration("preprocessor").get("size"),
+        )
+    if image_tokens:
+        pixels = image_tokens * (image_processor.patch_size * image_processor.merge_size) ** 2
+        smallest = min(image_processor.size["shortest_edge"], pixels)
+        image_processor.size = {"shortest_edge": smallest, "longest_edge": pixels}
     return Encoder(
-        Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", **LOCAL
-        ),
-        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
-        Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True),
+        model,
+        tokenizer,
+        image_processor,
         caption_prompt=caption_prompt,
         condition_length=condition_length,
         buckets=buckets,
@@ -196,6 +217,11 @@ def save_decoder(decoder: Decoder, projector: Projector, folder: Path, dtype: to
     decoder.transformer.to(dtype).save_pretrained(folder / "decoder" / "transformer", max_shard_size=MAX_SHARD)
     decoder.scheduler.save_pretrained(folder / "decoder" / "scheduler")
     save_file({"pooled": decoder.pooled.to(dtype).contiguous()}, folder / "decoder" / "pooled.safetensors")
+    save_projector(projector, folder, dtype)
+
+
+def save_projector(projector: Projector, folder: Path, dtype: torch.dtype) -> None:
+    """Writes `projector.safetensors` into `folder`."""
     weights = {name: value.to(dtype).contiguous() for name, value in projector.state_dict().items()}
     save_file(weights, folder / "projector.safetensors")
 
@@ -206,49 +232,158 @@ def save_reward(model, folder: Path, mean: list[float], std: list[float], dtype:
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
 
 
-def load_projector(folder: Path) -> Projector:
+def load_projector(file: Path) -> Projector:
     """A projector in fp32 from `projector.safetensors`, whose shapes it takes."""
-    weights = {name: value.float() for name, value in load_file(folder / "projector.safetensors").items()}
+    weights = {name: value.float() for name, value in load_file(file).items()}
     up, down = weights["up.weight"], weights["down.weight"]
     projector = Projector(up.shape[1], up.shape[0], down.shape[0])
     projector.load_state_dict(weights)
     return projector.requires_grad_(False)
 
 
-def load_decoder(folder: Path, *, tiny: bool = False) -> Decoder:
-    """A decoder in fp32 from a folder with transformer, vae, scheduler and pooled.safetensors.
+def new_projector(encoder: Encoder, decoder: Decoder, seed: int) -> Projector:
+    """An untrained projector between an encoder's states and a decoder's context."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        projector = Projector(
+            encoder.model.config.text_config.hidden_size,
+            PROJECTOR_WIDTH,
+            decoder.transformer.config.joint_attention_dim,
+        )
+    return projector.requires_grad_(False)
+
+
+def load_decoder(
+    source: Source,
+    pooled: Path,
+    *,
+    tiny: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    quantization: str = "none",
+    seed: int | None = None,
+) -> Decoder:
+    """An SD3 decoder, its parts laid out as diffusers saves a `StableDiffusion3Pipeline`.
 
     Args:
+        source: transformer, vae, scheduler, and pooled.safetensors or the text encoders with their tokenizers.
+        pooled: file of the pooled condition; made by the text encoders where it is not there yet.
         tiny: vae_tiny turns latents into images.
+        dtype, device, quantization, seed: as of `load_encoder`; quantised are the transformer's blocks.
 
     Raises:
-        ConfigError: vae_tiny has other latents than vae.
+        ConfigError: a part cannot be read, or vae_tiny has other latents than vae.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-    decoder = Decoder(
-        SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32, **LOCAL),
-        AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, **LOCAL),
-        FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
-        load_file(folder / "pooled.safetensors")["pooled"].float(),
-        AutoencoderTiny.from_pretrained(folder / "vae_tiny", torch_dtype=torch.float32, **LOCAL) if tiny else None,
-    )
-    if tiny:
-        full, small = decoder.vae.config, decoder.vae_tiny.config
-        sizes = [(c.latent_channels, len(c.block_out_channels)) for c in (full, small)]
-        if sizes[0] != sizes[1] or small.upsampling_scaling_factor != 2:
-            problem = f"cheaper_sampler.vae: {folder / 'vae_tiny'} has other latents than {folder / 'vae'}"
+    device, vae_tiny = device or torch.device("cpu"), None
+    if seed is None:
+        transformer = pretrained(SD3Transformer2DModel, source, "transformer", torch_dtype=dtype)
+        vae = pretrained(AutoencoderKL, source, "vae", torch_dtype=dtype)
+        if tiny:
+            vae_tiny = pretrained(AutoencoderTiny, source, "vae_tiny", torch_dtype=dtype)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**source.pretrained("scheduler"))
+        condition = pooled_condition(source, pooled)
+        if quantization != "none":
+            quantize_linears(transformer, [transformer.transformer_blocks], quantization, device)
+    else:
+        transformer = empty(
+            lambda: SD3Transformer2DModel.from_config(source.configuration("transformer")),
+            buffers=device.type != "meta",
+        )
+        fill(transformer, device, dtype, seed, quantization=quantization, inside=[transformer.transformer_blocks])
+        vae = empty(lambda: AutoencoderKL.from_config(source.configuration("vae")))
+        fill(vae, device, dtype, seed)
+        if tiny:
+            vae_tiny = empty(lambda: AutoencoderTiny.from_config(source.configuration("vae_tiny")))
+            fill(vae_tiny, device, dtype, seed)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(source.configuration("scheduler"))
+        condition = torch.zeros(transformer.config.pooled_projection_dim)
+    if vae_tiny is not None:
+        sizes = [(c.latent_channels, len(c.block_out_channels)) for c in (vae.config, vae_tiny.config)]
+        if sizes[0] != sizes[1] or vae_tiny.config.upsampling_scaling_factor != 2:
+            problem = f"cheaper_sampler.vae: {source}/vae_tiny has other latents than {source}/vae"
             raise ConfigError([f"{problem}: (channels, levels) are {sizes[1]}, not {sizes[0]}"])
-    return decoder
+    return Decoder(transformer, vae, scheduler, condition, vae_tiny)
 
 
-def load_reward(folder: Path) -> Reward:
-    """A reward in fp32 from a CLIP model's folder."""
-    from transformers import CLIPModel
+def pooled_condition(source: Source, file: Path) -> Tensor:
+    """The pooled embedding (D,), fp32, of the empty prompt: from `file`, or else from the text encoders, into `file`.
 
-    normalisation = json.loads((folder / "preprocessor_config.json").read_text())
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **LOCAL)
-    return Reward(model, normalisation["image_mean"], normalisation["image_std"])
+    The text encoders are loaded for this once, and let go.
+    """
+    if not file.is_file():
+        pooled = torch.cat([_empty_prompt(source, number) for number in ("", "_2")])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"pooled": pooled.contiguous()}, file.with_suffix(".part"))
+        os.replace(file.with_suffix(".part"), file)
+    return load_file(file)["pooled"].float()
+
+
+@torch.no_grad()
+def _empty_prompt(source: Source, number: str) -> Tensor:
+    """The projected pooled embedding (D,) that text encoder `number` ("" or "_2") has of the empty prompt."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(**source.pretrained(f"tokenizer{number}"))
+    model = pretrained(CLIPTextModelWithProjection, source, f"text_encoder{number}", dtype=torch.float32, **ATTENTION)
+    tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    return model(tokens["input_ids"]).text_embeds[0]
+
+
+def load_image_encoder(source: Source, device: torch.device | None = None, seed: int | None = None) -> ImageEncoder:
+    """An image encoder in fp32: the image tower of a CLIP or SigLIP, or a DINOv2 or DINOv3.
+
+    Args:
+        source: model and `preprocessor_config.json`.
+        device, seed: as of `load_encoder`.
+    """
+    import transformers
+
+    processor, config = source.configuration("preprocessor"), source.configuration("model")
+    kind, kinds = config.get("model_type"), ", ".join(IMAGE_ENCODERS)
+    if kind not in IMAGE_ENCODERS:
+        raise ConfigError([f"{source.key}: {source} has the model type {printable(str(kind))}, none of {kinds}"])
+    library_class: Any = getattr(transformers, IMAGE_ENCODERS[kind])
+    if seed is None:
+        model = pretrained(library_class, source, dtype=torch.float32, **ATTENTION)
+    else:
+        model = empty(lambda: library_class(library_class.config_class(**config)))
+    for part in ("text_model", "text_projection"):
+        if hasattr(model, part):
+            delattr(model, part)
+    if seed is not None:
+        fill(model, device or torch.device("cpu"), torch.float32, seed)
+    shape = processor.get("crop_size") or processor.get("size") or {}
+    size = shape.get("height") if isinstance(shape, dict) else shape
+    return ImageEncoder(model, processor["image_mean"], processor["image_std"], size)
+
+
+def pretrained(
+    library_class: Any, source: Source, subfolder: str = "", *, complete: bool = False, **options: Any
+) -> Any:
+    """A library class's `from_pretrained`: safetensors alone, and every tensor of the model must be there.
+
+    Args:
+        library_class: of transformers or diffusers.
+        source, subfolder: where.
+        complete: whether every tensor of the files must be the model's, too.
+        options: of `from_pretrained`.
+
+    Raises:
+        ConfigError: what is wrong, in a line.
+    """
+    place = "/".join(filter(None, (str(source), subfolder)))
+    with named(source.key, place):
+        model, report = library_class.from_pretrained(
+            **source.pretrained(subfolder), use_safetensors=True, output_loading_info=True, **options
+        )
+    missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"]) if complete else []
+    problems = [f"{source.key}: {place}: no tensor {printable(name)}" for name in missing]
+    problems += [f"{source.key}: {place}: unknown tensor {printable(name)}" for name in unknown]
+    if problems:
+        raise ConfigError(problems)
+    return model
 
 
 def load_run(run: Path, at: str | None) -> tuple[Config, Models]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,42 +11,79 @@ from PIL import Image
 from torch import Tensor, nn
 
 
-class Reward(nn.Module):
-    """R(x, x~) = cos(f(x), f(x~)) with a frozen image encoder f (METHOD §1, §5).
+class ImageEncoder(nn.Module):
+    """A frozen image encoder f: the image tower of a CLIP or a SigLIP, or the CLS token of a DINOv2 or DINOv3.
 
     Images are resized bicubically straight to the encoder's square input, without a crop, and normalised with its
-    mean and standard deviation; reconstructions come as tensors, so gradients flow through and nothing touches a file.
+    mean and standard deviation (METHOD §5); gradients flow through.
 
     Args:
-        model: a `CLIPModel`.
+        model: a `CLIPModel`, `SiglipModel`, `Dinov2Model` or `DINOv3ViTModel`.
         mean, std: the encoder's normalisation, three numbers each, for pixels in [0, 1].
+        size: side of its input in pixels; None for the one of its configuration.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model, mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, model, mean: Sequence[float], std: Sequence[float], size: int | None = None):
         super().__init__()
         self.model = model
-        self.size = model.config.vision_config.image_size
+        self.size = size or getattr(model.config, "vision_config", model.config).image_size
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.requires_grad_(False).eval()
 
-    def embed(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Unit embeddings (B, D), fp32, of images (B, 3, H, W) in [0, 1]."""
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         pixels = ((images - self.mean) / self.std).to(self.model.dtype)
-        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+        if hasattr(self.model, "get_image_features"):
+            features = self.model.get_image_features(pixel_values=pixels).pooler_output
+        else:
+            features = self.model(pixel_values=pixels).last_hidden_state[:, 0]
+        return F.normalize(features.float(), dim=-1)
+
+
+class Reward(nn.Module):
+    """R(x, x~) = Σ w_i cos(f_i(x), f_i(x~)) with frozen image encoders f_i (METHOD §1, §5), Σ w_i = 1.
+
+    An embedding is the encoders' unit embeddings side by side, each times √w_i: the reward is one dot product.
+    Reconstructions come as tensors, so gradients flow through and nothing touches a file.
+
+    Args:
+        encoders: the f_i.
+        weights: the w_i, of any sum above 0; equal ones if empty.
+    """
+
+    def __init__(self, encoders: Sequence[ImageEncoder], weights: Sequence[float] = ()):
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.weights = [weight / sum(weights or [1] * len(encoders)) for weight in weights or [1] * len(encoders)]
+        self.sources: dict[Hashable, Tensor] = {}
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings (B, ΣD) of length 1, fp32, of images (B, 3, H, W) in [0, 1]."""
+        parts = zip(self.encoders, self.weights, strict=True)
+        return torch.cat([math.sqrt(weight) * encoder(images) for encoder, weight in parts], -1)
 
     @torch.no_grad()
-    def embed_sources(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit embeddings (B, D) of source images of any size."""
-        return torch.cat([self.embed(to_tensor(image).to(self.mean.device)) for image in images])
+    def embed_sources(self, images: Sequence[Image.Image], names: Sequence[Hashable] | None = None) -> Tensor:
+        """Embeddings (B, ΣD) of source images of any size, each computed by itself, once for each of `names`."""
+
+        def one(image: Image.Image) -> Tensor:
+            return self.embed(to_tensor(image).to(self.encoders[0].get_buffer("mean").device))
+
+        if names is None:
+            return torch.cat([one(image) for image in images])
+        for name, image in zip(names, images, strict=True):
+            if name not in self.sources:
+                self.sources[name] = one(image)
+        return torch.cat([self.sources[name] for name in names])
 
     def forward(self, images: Tensor, source: Tensor) -> Tensor:
-        """Rewards (B,) of images (B, 3, H, W) against source embeddings (B, D)."""
+        """Rewards (B,) of images (B, 3, H, W) against source embeddings (B, ΣD)."""
         return (self.embed(images) * source).sum(-1)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import Config, cheaper
 from ..data import Example
 from ..models import Models
+from ..models.reward import Reward
 
 Metrics = dict[str, Tensor]
 
@@ -47,6 +48,21 @@ class Stage(Protocol):
         name ends in "max").
         """
         ...
+
+
+def judge(models: Models, images: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
+    """Rewards (B,) of drawings (B, 3, H, W) of n examples, B/n of each in a row, and what a held-out encoder says.
+
+    A source is embedded once in a run.
+    """
+    group_size = len(images) // len(examples)
+    sources, names = [example.image for example in examples], [example.id for example in examples]
+
+    def compare(reward: Reward) -> Tensor:
+        return reward(images, reward.embed_sources(sources, names).repeat_interleave(group_size, 0))
+
+    rewards = compare(models.reward)
+    return rewards, {} if models.heldout is None else {"reward_heldout": compare(models.heldout).mean()}
 
 
 def reward_metrics(rewards: Tensor, group_size: int) -> Metrics:

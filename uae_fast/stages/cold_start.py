@@ -62,7 +62,7 @@ class ColdStart:
         shape = models.decoder.latent_shape(self.config.data.resolution)
         return Answers(
             captions=[example.caption or "" for example in examples],
-            source=models.reward.embed_sources(images),
+            source=models.reward.embed_sources(images, [example.id for example in examples]),
             noise=initial_noise(seeds, shape, models.decoder.device),
             prompt=models.encoder.prompt(images) if self.settings.context == "image" else None,
             metrics=sampler_metrics(self.config),

@@ -81,9 +81,10 @@ class DecoderPretrain:
     def rollout(self, examples: Sequence[Example], step: int) -> Pairs:
         decoder = self.models.decoder
         images = torch.cat([square(example.image, self.config.data.resolution) for example in examples])
-        latents = decoder.encode(images.to(decoder.device))
-        captions = [example.caption or "" for example in examples]
-        states, mask = self.models.encoder.read(captions, "policy")
+        captions, size = [example.caption or "" for example in examples], self.settings.micro_batch
+        latents = torch.cat([decoder.encode(some.to(decoder.device)) for some in images.split(size)])
+        read = [self.models.encoder.read(captions[i : i + size], "policy") for i in range(0, len(captions), size)]
+        states, mask = (torch.cat(part) for part in zip(*read, strict=True))
         draws = [
             flow_matching_draws((1, *latents.shape[1:]), generator(self.config.seed, self.name, step, example.id))
             for example in examples

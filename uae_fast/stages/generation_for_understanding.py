@@ -16,7 +16,7 @@ from ..models.encoder import Prompt
 from ..rollout.captions import Captions, sample_captions
 from ..rollout.renders import draw
 from ..seeds import derive_seed
-from . import Metrics, policy_metrics, reward_metrics, sampler_metrics
+from . import Metrics, judge, policy_metrics, reward_metrics, sampler_metrics
 
 
 @dataclass
@@ -64,8 +64,11 @@ class GenerationForUnderstanding:
         # All captions of an image start from one noise: what is left of the reward's spread is the captions' own.
         noise = [derive_seed(config.seed, self.name, "noise", step, e.id) for e in examples for _ in range(size)]
         drawn = draw(config, models, captions.texts, noise)
-        rewards = models.reward(drawn, models.reward.embed_sources(images).repeat_interleave(size, 0))
+        rewards, metrics = judge(models, drawn, examples)
         lengths = captions.mask.sum(1).float()
+        if config.reward.token_penalty:
+            metrics["reward_similarity"] = rewards.mean()
+            rewards = rewards - config.reward.token_penalty * (lengths - config.reward.free_tokens).clamp(min=0)
         rollout = CaptionRollout(
             prompt,
             captions,
@@ -74,6 +77,7 @@ class GenerationForUnderstanding:
             ref_logprobs=torch.empty(captions.ids.shape, device=rewards.device) if settings.beta else None,
             metrics={
                 **reward_metrics(rewards, size),
+                **metrics,
                 **sampler_metrics(config),
                 "completions/mean_length": lengths.mean(),
             },

@@ -15,7 +15,7 @@ from ..models import Models
 from ..rollout.captions import sample_captions
 from ..rollout.renders import Guidance, Trajectory, sde_window
 from ..seeds import derive_seed
-from . import Metrics, policy_metrics, reward_metrics, sampler_metrics
+from . import Metrics, judge, policy_metrics, reward_metrics, sampler_metrics
 
 
 @dataclass
@@ -81,13 +81,14 @@ class UnderstandingForGeneration:
             lengths=models.lengths(captions.texts),
             decode_batch=config.same_sampler.decode_batch,
         )
-        rewards = models.reward(trajectory.images, models.reward.embed_sources(images).repeat_interleave(size, 0))
+        rewards, metrics = judge(models, trajectory.images, examples)
         rollout = DrawingRollout(
             trajectory,
             advantages=group_advantages(rewards, size, scale=settings.scale_advantages),
             ref_velocity=torch.empty_like(trajectory.latents) if settings.beta else None,
             metrics={
                 **reward_metrics(rewards, size),
+                **metrics,
                 **sampler_metrics(config),
                 "completions/mean_length": captions.mask.sum(1).float().mean(),
                 "clip_range_nats": torch.tensor(settings.clip_range * trajectory.latents[0].numel()),

@@ -372,10 +372,11 @@ def train_decoder(folder: Path, work: Path, steps: int = 550) -> dict:
     from diffusers import AutoencoderKL
 
     from ..models.loading import load_encoder
+    from ..models.sources import Source
 
     torch.manual_seed(derive_seed(SEED, "decoder"))
     world = World()
-    encoder = load_encoder(folder / "encoder", caption_prompt=PROMPT, condition_length=CONDITION_LENGTH)
+    encoder = load_encoder(Source(str(folder / "encoder")), caption_prompt=PROMPT, condition_length=CONDITION_LENGTH)
     vae = AutoencoderKL.from_pretrained(folder / "decoder" / "vae", torch_dtype=torch.float32, **LOCAL)
     decoder = build_decoder(vae)
     projector = Projector(128, 192, 96)

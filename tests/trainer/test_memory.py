@@ -1,0 +1,172 @@
+"""Predicted memory against what PyTorch's profiler sees a CPU allocate, and against what is really held."""
+
+import pytest
+import torch
+
+from uae_fast.cli import main
+from uae_fast.config import load_config
+from uae_fast.data import ImageFolder
+from uae_fast.models.loading import load_models
+from uae_fast.models.memory import CUDA_BYTES, Phase, Predictor, advise, predict, worst
+from uae_fast.optim import build_optimizer
+from uae_fast.rollout.captions import sample_captions
+from uae_fast.rollout.renders import Guidance, render
+from uae_fast.trainer import STAGES
+
+LARGER = [
+    "device=cpu", "models.load=dummy", "same_sampler.accelerate=false",
+    "caption.image_tokens=4", "stage1.sampler_steps=2", "stage1.context=image",
+    "stage2.images=4", "stage2.group_size=8", "stage2.micro_batch=32",
+    "stage3.images=4", "stage3.group_size=8", "stage3.micro_batch=32",
+]  # fmt: skip
+
+
+def peak(function) -> int:
+    """The most bytes that were allocated at once while `function` ran, by the profiler's events."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def built(config, number):
+    models = load_models(config)
+    models.encoder.freeze_reader()
+    stage = STAGES[number](config, models)
+    return stage, [p for group in stage.groups() for p in group["params"]]
+
+
+@pytest.mark.parametrize(
+    "number, mode, checkpointing", [(0, "lora", False), (1, "full", True), (2, "lora", True), (3, "lora", False)]
+)
+def test_an_updates_peak_is_predicted_within_a_tenth(world, number, mode, checkpointing):
+    options = [f"models.encoder={mode}", f"models.decoder={mode}", f"models.gradient_checkpointing={checkpointing}"]
+    config = load_config("tiny", [*LARGER, *options, f"data.train={world / 'train'}"])
+    predicted = next(phase for phase in predict(config, [number])[number] if phase.name == "updating")
+    stage, _ = built(config, number)
+    images = ImageFolder(config.data.train, "data.train").batch(0, stage.settings.images, 0, stage.name)
+    rollout = stage.rollout(images, 0)
+    measured = peak(lambda: stage.loss(rollout, slice(0, stage.settings.micro_batch))[0].backward())
+    assert predicted.passing == pytest.approx(measured, rel=0.1)
+
+
+def test_the_peaks_of_a_rollout_are_predicted_within_a_tenth(world):
+    config = load_config("tiny", [*LARGER, "render.batch=32", f"data.train={world / 'train'}"])
+    predicted = {phase.name: phase.passing for phase in predict(config, [2])[2]}
+    models = load_models(config)
+    data = ImageFolder(config.data.train, "data.train")
+    prompt = models.encoder.prompt([example.image for example in data.batch(0, 4, 0, "stage2")]).repeat(8)
+    encoder, captions = models.encoder, ["w20"] * 32
+    context = models.condition(captions).detach()
+    noise, guidance = list(range(32)), Guidance()
+    images = torch.rand(32, 3, 32, 32)
+    measured = {
+        "writing captions": peak(
+            lambda: sample_captions(
+                encoder, prompt, noise, temperature=1.0, max_new_tokens=config.caption.max_new_tokens
+            )
+        ),
+        "reading captions": peak(torch.no_grad()(lambda: models.condition(captions))),
+        "drawing": peak(
+            lambda: render(models.decoder, context, noise, resolution=32, steps=2, batch=32, guidance=guidance)
+        ),
+        "rewarding": peak(torch.no_grad()(lambda: models.reward.embed(images))),
+    }
+    held = {"drawing": context.nbytes, "rewarding": images.nbytes}  # of what a prediction holds and these were handed
+    for name, value in measured.items():
+        # A CPU's convolutions, the VAE's here, keep their operands in a second layout: workspaces are not predicted.
+        tolerance = 0.3 if name == "drawing" else 0.1
+        assert predicted[name] == pytest.approx(value + held.get(name, 0), rel=tolerance), name
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4", "int8"])
+def test_resident_bytes_are_exact(kind):
+    options = ["models.encoder=lora", "models.decoder=lora", "models.dtype=bfloat16"]
+    options += [f"models.{part}_quantization={kind}" for part in ("encoder", "decoder")]
+    config = load_config("tiny", [*LARGER, *options])
+    predictor = Predictor(config)
+    models = load_models(config)
+    models.encoder.freeze_reader()
+    for name in ("encoder", "projector", "decoder", "reward"):
+        part = getattr(models, name)
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held(part)}
+        assert predictor.weight_bytes(name) == sum(storages.values()), name
+
+
+def held(part):
+    """Every tensor that a part keeps, scales and tables of quantised weights included."""
+    yield from part.buffers()
+    for parameter in part.parameters():
+        yield parameter.data
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+        if getattr(parameter, "SCB", None) is not None:
+            yield parameter.SCB
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
+def test_the_optimisers_bytes_are_exact(optimizer):
+    config = load_config("tiny", [*LARGER, f"optimizer.name={optimizer}", "stage3.ema_decay=0"])
+    stage, parameters = built(config, 3)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    made = build_optimizer(stage.groups(), config.optimizer)
+    made.step()
+    tables = {"qmap1", "qmap2", "step"}  # one table for all
+    state = sum(
+        value.numel() * value.element_size()
+        for values in made.state.values()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor) and name not in tables
+    )
+    assert Predictor(config).state_bytes(stage, parameters) == state
+
+
+def test_offloading_keeps_only_what_computes():
+    options = [*LARGER, "models.encoder=lora", "models.decoder=lora"]
+    plain, turns = (
+        {phase.name: phase for phase in predict(load_config("tiny", [*options, f"models.offload={on}"]), [2])[2]}
+        for on in (False, True)
+    )
+    assert {phase.resident for phase in plain.values()} == {plain["drawing"].resident}
+    assert all(phase.resident < plain[name].resident for name, phase in turns.items())
+    assert turns["rewarding"].resident < turns["drawing"].resident and len({p.resident for p in turns.values()}) == 3
+    assert all(turns[name].passing == phase.passing for name, phase in plain.items())
+
+
+def test_advice_makes_a_stage_fit():
+    config = load_config("tiny", [*LARGER, "models.encoder=lora", "models.decoder=lora"])
+    phases = predict(config, [3])[3]
+    needed = worst(phases).total - CUDA_BYTES
+    changed, changes, needs = advise(config, 3, phases, CUDA_BYTES + needed // 2)
+    assert needs.total <= CUDA_BYTES + needed // 2
+    assert changes == ["models.dtype=bfloat16", "models.gradient_checkpointing=true"]
+    assert (
+        worst(predict(load_config("tiny", [*LARGER, "models.encoder=lora", "models.decoder=lora", *changes]), [3])[3])
+        == needs
+    )
+    assert changed.models.gradient_checkpointing and not config.models.gradient_checkpointing
+
+
+def test_advice_ends_where_nothing_is_left():
+    config = load_config(
+        "tiny", [*LARGER, "stage2.images=1", "stage2.micro_batch=1", "models.gradient_checkpointing=true"]
+    )
+    _, changes, needs = advise(config, 2, [Phase("updating", 10, 10)], 0)
+    assert changes == [] and needs.total == 20 + CUDA_BYTES
+
+
+def test_check_prints_predictions_and_advice(capsys):
+    assert main(["check", "tiny", "stages=[2]", "--gpu-memory", "0.85"]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert (
+        "predicted GiB" in output and "stage 2 does not fit 0.85 GiB: with models.gradient_checkpointing=true" in output
+    )
+    assert main(["check", "tiny", "stages=[2]", "--gpu-memory", "24"]) == 0
+    assert "does not fit" not in capsys.readouterr().out

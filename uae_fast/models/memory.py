@@ -1,0 +1,389 @@
+"""How much memory a run needs on its device, told from shapes alone: every number here is *predicted*.
+
+The stages' own code runs on tensors without memory (PyTorch's fake tensors), the decoder by diffusers' own modules, and
+what is alive is added up: weights, adapters, gradients and activations are those of the code, not of formulas. Formulas
+are the quantised weights, the optimiser's state, the cache of sampled captions, and a fixed sum for CUDA itself. Not
+counted: the vision tower's activations (no gradients, one image after another), workspaces of convolutions and matrix
+products, fragmentation.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..config import Config
+from . import Models
+from .encoder import READER, Prompt
+from .loading import load_models
+from .sources import find_sources, image_tokens
+
+GIB = 2**30
+CUDA_BYTES = int(0.8 * GIB)  # context, libraries and workspaces: assumed
+PARTS = ("encoder", "projector", "decoder", "reward", "heldout")
+WORD = "w20"  # of the random model's tokenizer
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a stage's step.
+
+    Attributes:
+        name: for a reader.
+        resident: bytes of weights, adapters and optimiser state on the device meanwhile.
+        passing: the most bytes of everything else that is alive at once: activations, gradients, caches, data.
+    """
+
+    name: str
+    resident: int
+    passing: int
+
+    @property
+    def total(self) -> int:
+        return self.resident + self.passing + CUDA_BYTES
+
+
+class Alive(TorchDispatchMode):
+    """Within, counts the bytes of the storages that operators make and nobody has let go; `most` is their peak.
+
+    Args:
+        given: modules whose tensors do not count.
+    """
+
+    def __init__(self, *given: nn.Module):
+        super().__init__()
+        self.now = self.most = 0
+        tensors = [t for module in given for t in (*module.parameters(), *module.buffers())]
+        self.sizes = {t.untyped_storage()._cdata: 0 for t in tensors}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._meet(leaf.untyped_storage())
+        return result
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += self.sizes[key]
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._part, key)
+
+    def _part(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def predict(config: Config, stages: Sequence[int] = ()) -> dict[int, list[Phase]]:
+    """The phases of each configured stage (or of `stages`) with their memory.
+
+    Raises:
+        ConfigError: as `find_sources`.
+    """
+    predictor = Predictor(config)
+    return {stage: predictor.phases(stage) for stage in stages or config.stages}
+
+
+def worst(phases: Sequence[Phase]) -> Phase:
+    """The phase that needs the most."""
+    return max(phases, key=lambda phase: phase.total)
+
+
+def advise(config: Config, stage: int, phases: Sequence[Phase], limit: int) -> tuple[Config, list[str], Phase]:
+    """What to change until a stage fits into `limit` bytes, one thing after another, each predicted anew.
+
+    Returns:
+        the changed configuration, the changes ("key=value"), and the phase that needs the most with all of them; it may
+        still be above the limit, when nothing is left to change.
+    """
+    config, changes, needs = copy.deepcopy(config), dict[str, str](), worst(phases)
+    while needs.total > limit and (lever := next(levers(config, stage, needs), None)) is not None:
+        key, value = lever
+        group, name = key.split(".")
+        setattr(getattr(config, group), name, value)
+        changes[key] = f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+        needs = worst(predict(config, [stage])[stage])
+    return config, list(changes.values()), needs
+
+
+def levers(config: Config, stage: int, needs: Phase) -> Iterator[tuple[str, Any]]:
+    """What would make a stage need less, the mildest first, as (key, new value)."""
+    models, settings = config.models, getattr(config, f"stage{stage}")
+    quantization = {part: getattr(models, f"{part}_quantization") for part in ("encoder", "decoder")}
+    adapted = [part for part in quantization if getattr(models, part) == "lora"]
+    fewer = {"drawing": "render.batch", "updating": f"stage{stage}.micro_batch"}.get(needs.name, f"stage{stage}.images")
+    if needs.name == "encoding images":
+        fewer = f"stage{stage}.micro_batch"
+    group, name = fewer.split(".")
+    count = getattr(getattr(config, group), name)
+    samples = settings.images // 2 * getattr(settings, "group_size", 1)
+    halves = count % 2 == 0 and (name != "images" or samples % settings.micro_batch == 0)
+
+    if models.dtype == "float32" and adapted:
+        yield "models.dtype", "bfloat16"
+    if needs.name == "updating" and not models.gradient_checkpointing:
+        yield "models.gradient_checkpointing", True
+    if halves and needs.passing > needs.resident // 8:
+        yield fewer, count // 2
+    if len(adapted) == 2 and not models.offload and "int8" not in quantization.values():
+        yield "models.offload", True
+    for part in adapted:
+        if quantization[part] == "none":
+            yield f"models.{part}_quantization", "nf4"
+    if halves:
+        yield fewer, count // 2
+
+
+class Predictor:
+    """Runs a configuration's phases on models without memory."""
+
+    def __init__(self, config: Config):
+        self.given = config
+        self.config = copy.deepcopy(config)
+        self.config.device, self.config.models.load, self.config.models.start = "meta", "dummy", ""
+        self.config.models.encoder_quantization = self.config.models.decoder_quantization = "none"
+        self.config.models.offload = self.config.same_sampler.accelerate = False
+        self.config.same_sampler.attention = "auto"
+        # Sampler steps with gradients are computed again one by one: all but one keep no more than their latents.
+        self.config.stage1.sampler_steps = self.config.stage1.backprop_last_steps = 1
+        self.prompt_length = image_tokens(config, find_sources(config).encoder)
+        self.models = load_models(self.config)
+        encoder = self.models.encoder
+        if encoder.adapters is not None:
+            encoder.adapters.add_adapter(READER, encoder.adapters.peft_config["default"])
+            encoder.to("meta")
+        encoder.freeze_reader()
+        self.prompt_length += len(self.models.encoder.tokenizer(self.models.encoder._prompt_text)["input_ids"])
+        self.parts = {name: part for name in PARTS if (part := getattr(self.models, name)) is not None}
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.mode:
+            feign(self.parts.values())
+
+    # ---- what stays -------------------------------------------------------------------------------------------------
+
+    def weight_bytes(self, name: str) -> int:
+        """Bytes of a part's weights, adapters and buffers as the configuration keeps them."""
+        part = self.parts[name]
+        kind = getattr(self.given.models, f"{name}_quantization", "none")
+        tensors = {t: t.numel() * t.element_size() for t in (*part.parameters(), *part.buffers())}
+        if kind != "none":
+            for layer in quantisable(self.models, name):
+                tensors[layer.weight] = quantized_bytes(layer, kind)
+        return sum(tensors.values())
+
+    def resident(self, names: tuple[str, ...], state: int) -> int:
+        """Bytes that stay while the parts `names` compute: of all parts, or with `models.offload` of these."""
+        here = {*names, "projector"} & self.parts.keys() if self.given.models.offload else self.parts.keys()
+        return sum(map(self.weight_bytes, here)) + state
+
+    def state_bytes(self, stage: Any, parameters: list[nn.Parameter]) -> int:
+        """Bytes of the optimiser's moments and of the running mean."""
+
+        def moments(p: nn.Parameter) -> int:
+            small = p.numel() < 4096 or self.given.optimizer.name == "adamw"
+            return p.numel() * 8 if small else p.numel() * 2 + -(-p.numel() // 256) * 8
+
+        mean = 4 if getattr(stage.settings, "ema_decay", 0) else 0
+        return sum(moments(p) + mean * p.numel() for p in parameters)
+
+    # ---- what passes ------------------------------------------------------------------------------------------------
+
+    def phases(self, number: int) -> list[Phase]:
+        """The phases of a stage."""
+        from ..trainer import STAGES
+
+        stage = STAGES[number](self.config, self.models)
+        parameters = [p for group in stage.groups() for p in group["params"]]
+        state = self.state_bytes(stage, parameters)
+        settings, batch = stage.settings, self.config.render.batch
+        images = settings.images
+        rows = images * getattr(settings, "group_size", 1)
+        written = {0: settings.micro_batch, 2: rows}.get(number, images)
+        with self.mode:
+            steps: list[tuple[str, tuple[str, ...], Callable[[], Any]]] = []
+            if number in (2, 3):
+                steps.append(("writing captions", ("encoder",), lambda: self.write(written, alive)))
+            if number != 1:
+                steps.append(("reading captions", ("encoder",), lambda: self.read(written)))
+            if number in (2, 3):
+                steps.append(("drawing", ("decoder",), lambda: self.draw(rows, batch)))
+                steps.append(("rewarding", ("reward", "heldout"), lambda: self.reward(rows)))
+            if number == 0:
+                steps.append(("encoding images", ("decoder",), lambda: self.encode(settings.micro_batch)))
+            trains = {0: ("decoder",), 1: ("encoder", "decoder", "reward"), 2: ("encoder",), 3: ("decoder",)}[number]
+            steps.append(("updating", trains, lambda: getattr(self, f"update{number}")(stage)))
+            found = []
+            for name, present, step in steps:
+                with Alive(*self.parts.values()) as alive:
+                    more = step()
+                found.append(Phase(name, self.resident(present, state), alive.most + (more or 0)))
+                for parameter in parameters:
+                    parameter.grad = None
+        self.models.freeze()
+        return found
+
+    def prompt(self, rows: int) -> Prompt:
+        """A prompt of `rows` images, each of as many tokens as an image may have."""
+        ids = torch.zeros(rows, self.prompt_length, dtype=torch.long)
+        width = self.models.encoder.head.weight.shape[1]
+        return Prompt(ids, ids == 0, ids.expand(3, -1, -1), (torch.zeros(1, width),) * rows)
+
+    @torch.no_grad()
+    def write(self, rows: int, alive: Alive) -> int:
+        """Prefill of all prompts; returns the bytes by which caches and logits of whole captions exceed its peak."""
+        from transformers import DynamicCache
+
+        encoder, prompt = self.models.encoder, self.prompt(rows)
+        text = encoder.model.config.text_config
+        cache = DynamicCache(config=text)
+        encoder.model.model.language_model(
+            inputs_embeds=encoder.embed(prompt), attention_mask=prompt.mask.long(), position_ids=prompt.positions,
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        length = self.prompt_length + self.config.caption.max_new_tokens
+        width = 2 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+        layer = rows * length * width * encoder.model.dtype.itemsize
+        # A layer's cache is copied as it grows; logits, softmax and sums of the vocabulary are in fp32 and fp64.
+        return max(0, layer * (text.num_hidden_layers + 1) + rows * text.vocab_size * (3 * 4 + 8) - alive.most)
+
+    @torch.no_grad()
+    def read(self, rows: int) -> None:
+        self.models.condition([WORD] * rows)
+
+    @torch.no_grad()
+    def draw(self, rows: int, batch: int) -> int:
+        """One batch of drawings; returns the bytes of the other rows' contexts and images."""
+        from ..rollout.renders import Guidance, render
+
+        decoder, side = self.models.decoder, self.config.data.resolution
+        scale = self.config.render.guidance_scale
+        context = torch.zeros(batch, self.config.condition.length, decoder.transformer.config.joint_attention_dim)
+        guidance = Guidance(scale, None if scale == 1 else context[:1])
+        render(decoder, context, [0] * batch, resolution=side, steps=2, batch=batch, guidance=guidance)
+        return max(0, rows - batch) * (context[0].numel() + 3 * side**2) * 4
+
+    @torch.no_grad()
+    def reward(self, rows: int) -> None:
+        images = torch.zeros(rows, 3, self.config.data.resolution, self.config.data.resolution)
+        for reward in (self.models.reward, self.models.heldout):
+            if reward is not None:
+                reward.embed(images)
+
+    @torch.no_grad()
+    def encode(self, images: int) -> None:
+        self.models.decoder.encode(torch.zeros(images, 3, self.config.data.resolution, self.config.data.resolution))
+
+    def latents(self, rows: int) -> Tensor:
+        return torch.zeros(rows, *self.models.decoder.latent_shape(self.config.data.resolution))
+
+    def context(self, rows: int) -> Tensor:
+        width = self.models.decoder.transformer.config.joint_attention_dim
+        return torch.zeros(rows, self.config.condition.length, width)
+
+    def update0(self, stage: Any) -> None:
+        from ..stages.decoder_pretrain import Pairs
+
+        rows, length = stage.settings.images, self.config.condition.length
+        encoder = self.models.encoder
+        states = torch.zeros(rows, length, encoder.head.weight.shape[1], dtype=encoder.model.dtype)
+        mask = torch.ones(rows, length, dtype=torch.bool)
+        pairs = Pairs(self.latents(rows), states, mask, torch.full((rows,), 0.5), self.latents(rows), None)
+        stage.loss(pairs, slice(0, stage.settings.micro_batch))[0].backward()
+
+    def update1(self, stage: Any) -> int:
+        from ..stages.cold_start import Answers
+
+        rows = stage.settings.images
+        prompt = self.prompt(rows) if stage.settings.context == "image" else None
+        caption = " ".join([WORD] * self.config.caption.max_new_tokens)
+        source = self.models.reward.embed(torch.zeros(1, 3, 8, 8)).detach().expand(rows, -1)
+        answers = Answers([caption] * rows, source, self.latents(rows), prompt)
+        stage.loss(answers, slice(0, stage.settings.micro_batch))[0].backward()
+        latents = self.latents(stage.settings.micro_batch)
+        return (self.given.stage1.backprop_last_steps - 1) * latents.numel() * 4
+
+    def update2(self, stage: Any) -> None:
+        from ..rollout.captions import Captions
+        from ..stages.generation_for_understanding import CaptionRollout
+
+        rows, length = stage.settings.micro_batch, self.config.caption.max_new_tokens
+        ids, zeros = torch.zeros(rows, length, dtype=torch.long), torch.zeros(rows, length)
+        captions = Captions(ids, ids == 0, [""] * rows)
+        rollout = CaptionRollout(self.prompt(rows), captions, torch.zeros(rows), zeros, zeros, {})
+        FrozenHead.apply(stage.states(rollout, slice(0, rows), "policy")).sum().backward()
+
+    def update3(self, stage: Any) -> None:
+        from ..rollout.renders import Trajectory
+        from ..stages.understanding_for_generation import DrawingRollout
+
+        settings = stage.settings
+        drawings = settings.images * settings.group_size
+        samples = settings.window * drawings
+        levels = torch.linspace(0.9, 0.5, settings.window + 1)
+        side = self.config.data.resolution
+        path = Trajectory(
+            self.latents(samples), self.latents(samples), torch.zeros(samples), levels, torch.tensor(0.9),
+            self.context(drawings), None, torch.zeros(drawings, 3, side, side),
+        )  # fmt: skip
+        reference = self.latents(samples) if settings.beta else None
+        rollout = DrawingRollout(path, torch.zeros(drawings), reference, {})
+        stage.loss(rollout, slice(0, settings.micro_batch))[0].backward()
+
+
+class FrozenHead(torch.autograd.Function):
+    """What `linear_grpo_loss` keeps of a frozen head: the Jacobian of each row's log-prob, (B, T, H) in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.empty_like(hidden, dtype=torch.float32))
+        return hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (jacobian,) = ctx.saved_tensors
+        return torch.empty_like(jacobian, dtype=torch.float32) * gradient.unsqueeze(-1)
+
+
+def quantisable(models: Models, name: str) -> Iterator[nn.Linear]:
+    """The linear layers of a part that quantisation replaces."""
+    inside = {
+        "encoder": models.encoder.model.model.language_model.layers,
+        "decoder": models.decoder.transformer.transformer_blocks,
+    }
+    for path, module in inside[name].named_modules():
+        if isinstance(module, nn.Linear) and ".lora_" not in path:
+            yield module
+
+
+def quantized_bytes(layer: nn.Linear, kind: str) -> int:
+    """Bytes of a layer's quantised weight with its scales and tables."""
+    count = layer.weight.numel()
+    if kind == "int8":
+        return count + 4 * layer.out_features
+    blocks = -(-count // 64)
+    return -(-count // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
+
+
+def feign(parts: Iterable[nn.Module]) -> None:
+    """Within a fake mode: makes the modules' tensors, on the "meta" device so far, fake ones of a CPU."""
+    made: dict[Tensor, Tensor] = {}
+    for module in (module for part in parts for module in part.modules()):
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if tensor not in made:
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[tensor] = nn.Parameter(new, requires_grad=tensor.requires_grad) if is_parameter else new
+                tensors[name] = made[tensor]  # type: ignore[assignment]

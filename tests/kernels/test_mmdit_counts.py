@@ -37,7 +37,7 @@ def full_size(pixels):
 
 @pytest.fixture
 def meta_table(monkeypatch):
-    """A table for meta tensors, whose values nobody can compare."""
+    """A table for meta tensors, whose values nobody can compare: a look-up that waited for one would raise."""
     monkeypatch.setattr(ModulationTable, "serves", lambda self, pooled: True)
     return lambda model, steps=40: ModulationTable(
         model, torch.empty(steps, device="meta"), torch.empty(2048, device="meta", dtype=torch.bfloat16)

@@ -15,7 +15,7 @@ from .._triton import fp64, jit, launch, narrow, tl, use_triton
 from ..reference import mmdit as definitions
 from ..reference.mmdit.gated_residual import Modulated, Stream, check_streams
 
-WARPS = 8, 16  # the second where a stream has two branches: with 8 of them sm_120 runs out of registers
+WARPS = 8
 
 
 @jit()
@@ -176,8 +176,9 @@ def _run(kernel: Any, streams: list[_Flat], tensors: list[list[Tensor | None]], 
         arguments += [None] * len(tensors[0]) + [1, 0, 0]
     rows, width = [stream.x.shape[:2].numel() for stream in streams], streams[0].x.shape[2]
     block = 1 << max(width - 1, 1).bit_length()
-    warps = WARPS[any(stream.y2 is not None for stream in streams)]
-    launch(kernel, (sum(rows),), *arguments, rows[0], width, eps, BLOCK=block, num_warps=warps)
+    # Twice as many where sm_120 would run out of registers
+    wide = block > 2048 and any(stream.y2 is not None for stream in streams)
+    launch(kernel, (sum(rows),), *arguments, rows[0], width, eps, BLOCK=block, num_warps=WARPS << wide)
 
 
 @torch.library.custom_op("uae_kernels::gated_residual", mutates_args=())

@@ -41,7 +41,8 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -
         ValueError: an unknown backend.
         RuntimeError: one whose package is not installed.
     """
-    backend = check_backend(backend)
+    if backend != "sdpa":
+        backend = check_backend(backend)
     if backend == "sdpa":
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -97,14 +97,16 @@ class ModulationTable:
 
     def serves(self, pooled: Tensor) -> bool:
         """Whether pooled (B, D) is the table's in every row; a tensor is looked at again when it has changed."""
-        key = pooled.data_ptr(), version(pooled), pooled.shape, pooled.stride(), pooled.dtype
-        if key in self._known and version(pooled) is not None:
+        count = version(pooled)
+        key = pooled.data_ptr(), count, pooled.shape, pooled.stride(), pooled.dtype
+        if key in self._known:
             return True
         if not torch.equal(pooled.to(self.pooled), self.pooled.expand_as(pooled)):
             return False
-        if len(self._known) == KNOWN:
-            del self._known[next(iter(self._known))]
-        self._known[key] = pooled
+        if count is not None:
+            if len(self._known) == KNOWN:
+                del self._known[next(iter(self._known))]
+            self._known[key] = pooled
         return True
 
     def rows(self, timestep: Tensor) -> list[Tensor]:

@@ -10,8 +10,9 @@ from importlib import import_module
 import pytest
 from launches import CAPABILITIES, MATRIX_CAPABILITIES, SHARED_LIMIT, recorded, variants
 
-OPS = ["advantages", "grpo_loss", "linear_logprobs", "token_logprobs"]
-CASES = [(op, cap) for op in OPS for cap in (MATRIX_CAPABILITIES if op == "linear_logprobs" else CAPABILITIES)]
+OPS = ["advantages", "grpo_loss", "linear_logprobs", "segment_attention", "shared_prefix_attention", "token_logprobs"]
+PRODUCTS = ["linear_logprobs", "segment_attention", "shared_prefix_attention"]
+CASES = [(op, cap) for op in OPS for cap in (MATRIX_CAPABILITIES if op in PRODUCTS else CAPABILITIES)]
 
 
 @pytest.mark.parametrize("op, capability", CASES)

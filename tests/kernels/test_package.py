@@ -13,7 +13,7 @@ from uae_kernels import reference
 
 FUNCTIONS = [
     "flow_grpo_loss", "flow_step", "group_advantages", "grpo_loss", "linear_grpo_loss", "linear_logprobs",
-    "token_logprobs",
+    "segment_attention", "shared_prefix_attention", "token_logprobs",
 ]  # fmt: skip
 
 
@@ -45,6 +45,8 @@ CALLS = {
     "linear_grpo_loss": lambda f, impl: (
         f(torch.rand(4, 2, 3), torch.rand(5, 3), torch.zeros(4, 2).long(), torch.rand(4), impl=impl).loss
     ),
+    "shared_prefix_attention": lambda f, impl: f(*torch.rand(5, 1, 2, 1, 4), group_size=1, impl=impl),
+    "segment_attention": lambda f, impl: f(*torch.rand(3, 1, 2, 1, 4), impl=impl),
     "flow_step": lambda f, impl: f(torch.rand(2, 3), torch.rand(2, 3), 0.9, 0.8, seed=1, impl=impl).mean,
     "flow_grpo_loss": lambda f, impl: (
         f(*(torch.rand(2, 3) for _ in range(3)), torch.rand(2), torch.rand(2), 0.9, 0.8, impl=impl).loss

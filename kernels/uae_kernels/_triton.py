@@ -96,7 +96,7 @@ def narrow(x, DTYPE: tl.constexpr):
     """fp32 x in DTYPE, rounded to nearest."""
     if _INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter would cut the bits off
         bits = x.to(tl.int32, bitcast=True)
-        x = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000, bits).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
 

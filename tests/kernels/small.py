@@ -10,7 +10,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from uae_kernels import flow_grpo_loss, flow_step, group_advantages, grpo_loss, linear_logprobs, token_logprobs
+from uae_kernels import (
+    flow_grpo_loss,
+    flow_step,
+    group_advantages,
+    grpo_loss,
+    linear_logprobs,
+    segment_attention,
+    shared_prefix_attention,
+    token_logprobs,
+)
 from uae_kernels.mmdit import Projections, Stream, gated_residual, qk_norm
 
 Inputs = dict[str, Tensor]
@@ -177,6 +186,31 @@ def heads(impl: str, image: Tensor, text: Tensor, weights: Tensor) -> list[Tenso
     return gradients(list(qk_norm(*parts, heads=3, impl=impl)), leaves)
 
 
+def segments(device: str, rows: int) -> Inputs:
+    shapes = {"image": (2, rows, 3, 2, 16), "text": (2, 5, 3, 2, 16), "weights": (4, 16)}
+    return {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+
+
+def joint(impl: str, image: Tensor, text: Tensor, weights: Tensor) -> list[Tensor]:
+    leaves = [leaf(image), leaf(text)]
+    parts = [part for x in leaves for part in x.unbind(2)]
+    names = ("q_weight", "k_weight", "q2_weight", "k2_weight")
+    return gradients(list(segment_attention(*parts, **dict(zip(names, weights, strict=True)), impl=impl)), leaves)
+
+
+def continuations(device: str, rows: int) -> Inputs:
+    shapes = {"q": (4, rows, 4, 16), "kv": (2, 4, rows, 2, 16), "prefix": (2, 2, 9, 2, 16)}
+    found = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    lengths = torch.tensor([rows, 1, 0, rows - 1], device=device)
+    return found | {"lengths": lengths, "prefix_lengths": torch.tensor([9, 4], device=device)}
+
+
+def behind_a_prefix(impl: str, q: Tensor, kv: Tensor, prefix: Tensor, **lengths: Tensor) -> list[Tensor]:
+    leaves = [leaf(q), leaf(kv), leaf(prefix)]
+    out = shared_prefix_attention(leaves[0], *leaves[1], *leaves[2], group_size=2, impl=impl, **lengths)
+    return gradients([out], leaves)
+
+
 CASES: dict[str, tuple[Callable[[str, int], Inputs], Callable[..., list[Tensor]]]] = {
     "advantages": (rewards, advantages),
     "token_logprobs": (lambda device, rows: logits(device, rows, 131), from_logits),
@@ -188,4 +222,6 @@ CASES: dict[str, tuple[Callable[[str, int], Inputs], Callable[..., list[Tensor]]
     "flow_grpo_loss": (latents, policy_step_loss),
     "gated_residual": (streams, residuals),
     "qk_norm": (projections, heads),
+    "segment_attention": (segments, joint),
+    "shared_prefix_attention": (continuations, behind_a_prefix),
 }

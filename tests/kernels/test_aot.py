@@ -13,9 +13,10 @@ from launches import CAPABILITIES, MATRIX_CAPABILITIES, SHARED_LIMIT, recorded, 
 
 OPS = [
     "advantages", "flow_grpo_loss", "flow_step", "gated_residual", "grpo_loss", "linear_logprobs", "qk_norm",
-    "token_logprobs",
+    "segment_attention", "shared_prefix_attention", "token_logprobs",
 ]  # fmt: skip
-CASES = [(op, cap) for op in OPS for cap in (MATRIX_CAPABILITIES if op == "linear_logprobs" else CAPABILITIES)]
+PRODUCTS = ["linear_logprobs", "segment_attention", "shared_prefix_attention"]
+CASES = [(op, cap) for op in OPS for cap in (MATRIX_CAPABILITIES if op in PRODUCTS else CAPABILITIES)]
 
 
 @pytest.mark.parametrize("op, capability", CASES)

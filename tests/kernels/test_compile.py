@@ -13,6 +13,8 @@ from uae_kernels import (
     grpo_loss,
     linear_grpo_loss,
     linear_logprobs,
+    segment_attention,
+    shared_prefix_attention,
     token_logprobs,
 )
 
@@ -103,6 +105,23 @@ def flow_case(number, **options):
     return v, call
 
 
+def shared_prefix_case(number):
+    q, k, v, prefix_k, prefix_v = leaf(4, 3, 4, 8), *(leaf(n, 3, 2, 8) for n in (4, 4, 2, 2))
+    counts = dict(lengths=torch.tensor([3, 0, 2, 1]), prefix_lengths=torch.tensor([1, 3]))
+
+    def call(s):
+        out = shared_prefix_attention(q, k, v, prefix_k, prefix_v, group_size=2, **counts, **{number: s})
+        return out.square().sum()
+
+    return q, call
+
+
+def segment_case(number):
+    inputs = [leaf(2, n, 3, 8) for n in (5, 5, 5, 2, 2, 2)]
+    weights = {name: torch.rand(8) for name in ("q_weight", "k_weight", "q2_weight", "k2_weight")}
+    return inputs[0], lambda s: sum(o.square().sum() for o in segment_attention(*inputs, **weights, **{number: s}))
+
+
 ENTROPY = dict(return_entropy=True, entropy_grad=True)
 KINDS = ("flow_sde", "dance_sde", "cps")
 CASES = [
@@ -123,6 +142,8 @@ CASES = [
     *((step_case, "noise_level", dict(kind=kind)) for kind in KINDS),
     *((flow_case, name, {}) for name in ("sigma", "clip_range", "beta", "advantage_clip")),
     *((flow_case, "noise_level", dict(kind=kind)) for kind in KINDS),
+    (shared_prefix_case, "scale", {}),
+    (segment_case, "eps", {}),
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from uae_kernels.reference import mmdit as mmdit_definitions
 
 FUNCTIONS = [
     "flow_grpo_loss", "flow_step", "group_advantages", "grpo_loss", "linear_grpo_loss", "linear_logprobs",
-    "token_logprobs",
+    "segment_attention", "shared_prefix_attention", "token_logprobs",
 ]  # fmt: skip
 
 
@@ -65,6 +65,8 @@ CALLS = {
     "linear_grpo_loss": lambda f, impl: (
         f(torch.rand(4, 2, 3), torch.rand(5, 3), torch.zeros(4, 2).long(), torch.rand(4), impl=impl).loss
     ),
+    "shared_prefix_attention": lambda f, impl: f(*torch.rand(5, 1, 2, 1, 4), group_size=1, impl=impl),
+    "segment_attention": lambda f, impl: f(*torch.rand(3, 1, 2, 1, 4), impl=impl),
     "flow_step": lambda f, impl: f(torch.rand(2, 3), torch.rand(2, 3), 0.9, 0.8, seed=1, impl=impl).mean,
     "gated_residual": lambda f, impl: f(Stream(torch.rand(1, 2, 3), ((torch.rand(1, 3),) * 2,)), impl=impl)[0].x,
     "layer_norm_modulate": lambda f, impl: f(torch.rand(1, 2, 3), torch.rand(1, 3), torch.rand(1, 3), impl=impl),

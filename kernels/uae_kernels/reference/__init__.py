@@ -6,6 +6,8 @@ from .flow_step import flow_step
 from .grpo_loss import grpo_loss
 from .linear_grpo_loss import linear_grpo_loss
 from .linear_logprobs import linear_logprobs
+from .segment_attention import segment_attention
+from .shared_prefix_attention import shared_prefix_attention
 from .token_logprobs import token_logprobs
 
 __all__ = [
@@ -15,5 +17,7 @@ __all__ = [
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logprobs",
+    "segment_attention",
+    "shared_prefix_attention",
     "token_logprobs",
 ]

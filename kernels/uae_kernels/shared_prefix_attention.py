@@ -1,0 +1,420 @@
+"""Attention for G continuations of one prompt: its keys and values are held and read once, not G times."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference
+from ._attention import (
+    LN2,
+    Tiles,
+    attend,
+    depth_of,
+    key_gradient,
+    load_rows,
+    plan_for,
+    query_gradient,
+    rows_of,
+    store_rows,
+    unsupported,
+)
+from ._common import pack, unpack
+from ._triton import jit, launch, narrow, tl, use_triton
+from .reference.shared_prefix_attention import check_shared_prefix
+
+# Parts of a group whose gradients of the prefix are summed side by side, in fp32: too few programs own a prefix block
+SPLITS = 4
+BLOCK = 1024  # elements of those sums, a program
+
+
+@jit()
+def _length(lengths, row, tokens):
+    """How many of a row's tokens count."""
+    length = tokens
+    if lengths is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths + row), 0), tokens).to(tl.int32)
+    return length
+
+
+@jit()
+def _queries(
+    program, lengths, prefix_lengths, blocks, group, kv_heads, tokens, prefix_tokens,
+    SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What a program that owns a block of queries works on.
+
+    Row i of the queries that share a head of keys is head i % SHARE of token i // SHARE: a block is whole whatever the
+    number of tokens, and few keys are hidden from some of its rows only. The longest blocks come first.
+
+    Returns (row of the batch, prefix, head, query rows i, how many there are, the rows' place in (B·G, Hkv, T·SHARE),
+    prefix keys, own keys, and how many of them every row of the block sees, in whole blocks of keys).
+    """
+    block, rest = blocks - 1 - program % blocks, program // blocks
+    head, row = rest % kv_heads, rest // kv_heads
+    sample = row // group
+    length = _length(lengths, row, tokens)
+    first = (block * ROWS).to(tl.int32)
+    i = first + tl.arange(0, ROWS)
+    size = length * SHARE
+    place = (row * kv_heads + head) * tokens * SHARE + i
+    prefix = tl.where(first < size, _length(prefix_lengths, sample, prefix_tokens), 0)
+    own = tl.where(first < size, tl.minimum((first + ROWS - 1) // SHARE + 1, length), 0)
+    full = tl.minimum((first // SHARE + 1) // COLUMNS * COLUMNS, own)
+    return row, sample, head, i, size, place, prefix, prefix // COLUMNS * COLUMNS, own, full
+
+
+@jit("blocks", "group", "tokens", "prefix_tokens")
+def _forward_kernel(
+    q, k, v, prefix_k, prefix_v, lengths, prefix_lengths, out, lses,
+    blocks, group, kv_heads, tokens, prefix_tokens, scale,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    prefix_k_row, prefix_k_token, prefix_k_head, prefix_v_row, prefix_v_token, prefix_v_head,
+    SHARE: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, sample, head, i, size, place, prefix, prefix_full, own, own_full = _queries(
+        tl.program_id(0).to(tl.int64), lengths, prefix_lengths, blocks, group, kv_heads, tokens, prefix_tokens,
+        SHARE, ROWS, COLUMNS,
+    )  # fmt: skip
+    token, inside = i // SHARE, i < size
+    q += row * q_row + head * SHARE * q_head
+    queries = load_rows(q, token.to(tl.int64) * q_token + (i % SHARE).to(tl.int64) * q_head, inside, WIDTH, DEPTH)
+    k += row * k_row + head * k_head
+    v += row * v_row + head * v_head
+    prefix_k += sample * prefix_k_row + head * prefix_k_head
+    prefix_v += sample * prefix_v_row + head * prefix_v_head
+
+    total = tl.zeros((ROWS, DEPTH), tl.float32)
+    mass, top = tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), -float("inf"), tl.float32)
+    for part in range(2):  # the prefix, then the continuation
+        ours = part == 1
+        keys, values = tl.where(ours, k, prefix_k), tl.where(ours, v, prefix_v)
+        key_token, value_token = tl.where(ours, k_token, prefix_k_token), tl.where(ours, v_token, prefix_v_token)
+        full, stop = tl.where(ours, own_full, prefix_full), tl.where(ours, own, prefix)
+        limit = tl.where(ours, token + 1, stop)[:, None]
+        total, mass, top = attend(
+            queries, keys, values, total, mass, top, 0, full, stop, limit,
+            key_token, value_token, scale, False, WIDTH, DEPTH, ROWS, COLUMNS,
+        )  # fmt: skip
+        total, mass, top = attend(
+            queries, keys, values, total, mass, top, full, stop, stop, limit,
+            key_token, value_token, scale, True, WIDTH, DEPTH, ROWS, COLUMNS,
+        )  # fmt: skip
+
+    there = i < tokens * SHARE
+    at = ((row * tokens + token) * kv_heads + head) * SHARE + i % SHARE
+    store_rows(out, at * WIDTH, there, tl.where(inside[:, None], total / mass[:, None], 0.0), WIDTH, DEPTH)
+    tl.store(lses + place, tl.where(inside, top + tl.log2(mass), float("inf")), mask=there)
+
+
+@jit("blocks", "group", "tokens", "prefix_tokens")
+def _queries_kernel(
+    q, k, v, prefix_k, prefix_v, lengths, prefix_lengths, out, lses, grad, deltas, dq,
+    blocks, group, kv_heads, tokens, prefix_tokens, scale,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    prefix_k_row, prefix_k_token, prefix_k_head, prefix_v_row, prefix_v_token, prefix_v_head,
+    SHARE: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dq, and delta = out·grad of each query, which the gradient of the keys needs."""
+    row, sample, head, i, size, place, prefix, prefix_full, own, own_full = _queries(
+        tl.program_id(0).to(tl.int64), lengths, prefix_lengths, blocks, group, kv_heads, tokens, prefix_tokens,
+        SHARE, ROWS, COLUMNS,
+    )  # fmt: skip
+    token, inside = i // SHARE, i < size
+    q += row * q_row + head * SHARE * q_head
+    queries = load_rows(q, token.to(tl.int64) * q_token + (i % SHARE).to(tl.int64) * q_head, inside, WIDTH, DEPTH)
+    k += row * k_row + head * k_head
+    v += row * v_row + head * v_head
+    prefix_k += sample * prefix_k_row + head * prefix_k_head
+    prefix_v += sample * prefix_v_row + head * prefix_v_head
+    at = (((row * tokens + token) * kv_heads + head) * SHARE + i % SHARE) * WIDTH
+    grads = load_rows(grad, at, inside, WIDTH, DEPTH)
+    outputs = load_rows(out, at, inside, WIDTH, DEPTH)
+    delta = tl.sum(outputs.to(tl.float32) * grads.to(tl.float32), 1)
+    tl.store(deltas + place, delta, mask=inside)
+    lse = tl.load(lses + place, mask=inside, other=float("inf"))
+
+    total = tl.zeros((ROWS, DEPTH), tl.float32)
+    for part in range(2):
+        ours = part == 1
+        keys, values = tl.where(ours, k, prefix_k), tl.where(ours, v, prefix_v)
+        key_token, value_token = tl.where(ours, k_token, prefix_k_token), tl.where(ours, v_token, prefix_v_token)
+        full, stop = tl.where(ours, own_full, prefix_full), tl.where(ours, own, prefix)
+        limit = tl.where(ours, token + 1, stop)[:, None]
+        total = query_gradient(
+            queries, grads, lse, delta, keys, values, total, 0, full, stop, limit,
+            key_token, value_token, scale, False, WIDTH, DEPTH, ROWS, COLUMNS,
+        )  # fmt: skip
+        total = query_gradient(
+            queries, grads, lse, delta, keys, values, total, full, stop, stop, limit,
+            key_token, value_token, scale, True, WIDTH, DEPTH, ROWS, COLUMNS,
+        )  # fmt: skip
+    total = tl.where(inside[:, None], total * (scale * LN2), 0.0)
+    store_rows(dq, at, i < tokens * SHARE, total, WIDTH, DEPTH)
+
+
+@jit("blocks", "tokens")
+def _keys_kernel(
+    q, k, v, lengths, lses, grad, deltas, dk, dv, blocks, kv_heads, tokens, scale,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    SHARE: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of a continuation's own keys, over the queries from there on."""
+    program = tl.program_id(0).to(tl.int64)
+    block, rest = program % blocks, program // blocks
+    head, row = rest % kv_heads, rest // kv_heads
+    length = _length(lengths, row, tokens)
+    first = (block * COLUMNS).to(tl.int32)
+    j = first + tl.arange(0, COLUMNS)
+    inside, size = j < length, length * SHARE
+    k += row * k_row + head * k_head
+    v += row * v_row + head * v_head
+    keys = load_rows(k, j.to(tl.int64) * k_token, inside, WIDTH, DEPTH)
+    values = load_rows(v, j.to(tl.int64) * v_token, inside, WIDTH, DEPTH)
+    q += row * q_row + head * SHARE * q_head
+    grad += (row * tokens * kv_heads + head) * SHARE * WIDTH
+    lses += (row * kv_heads + head) * tokens * SHARE
+    deltas += (row * kv_heads + head) * tokens * SHARE
+
+    stop = tl.where(first < length, size, 0)
+    start = first * SHARE // ROWS * ROWS
+    edge = tl.minimum(tl.cdiv((first + COLUMNS) * SHARE, ROWS) * ROWS, stop)  # queries from here on see the whole block
+    key_sum, value_sum = tl.zeros((COLUMNS, DEPTH), tl.float32), tl.zeros((COLUMNS, DEPTH), tl.float32)
+    key_sum, value_sum = key_gradient(
+        keys, values, q, grad, lses, deltas, key_sum, value_sum, start, edge, size, j,
+        q_token, q_head, kv_heads * SHARE * WIDTH, WIDTH, scale, SHARE, True, WIDTH, DEPTH, ROWS, COLUMNS,
+    )  # fmt: skip
+    key_sum, value_sum = key_gradient(
+        keys, values, q, grad, lses, deltas, key_sum, value_sum, edge, stop, size, j,
+        q_token, q_head, kv_heads * SHARE * WIDTH, WIDTH, scale, SHARE, False, WIDTH, DEPTH, ROWS, COLUMNS,
+    )  # fmt: skip
+    at = ((row * tokens + j) * kv_heads + head) * WIDTH
+    store_rows(dk, at, j < tokens, tl.where(inside[:, None], key_sum * (scale * LN2), 0.0), WIDTH, DEPTH)
+    store_rows(dv, at, j < tokens, tl.where(inside[:, None], value_sum, 0.0), WIDTH, DEPTH)
+
+
+@jit("blocks", "batch", "group", "part", "tokens", "prefix_tokens")
+def _prefix_keys_kernel(
+    q, prefix_k, prefix_v, lengths, prefix_lengths, lses, grad, deltas, dk, dv,
+    blocks, batch, group, part, kv_heads, tokens, prefix_tokens, scale,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    SHARE: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of a prefix, over all queries of `part` of its continuations."""
+    program = tl.program_id(0).to(tl.int64)
+    block, rest = program % blocks, program // blocks
+    head, rest = rest % kv_heads, rest // kv_heads
+    sample, split = rest % batch, rest // batch
+    length = _length(prefix_lengths, sample, prefix_tokens)
+    first = (block * COLUMNS).to(tl.int32)
+    j = first + tl.arange(0, COLUMNS)
+    inside = j < length
+    prefix_k += sample * k_row + head * k_head
+    prefix_v += sample * v_row + head * v_head
+    keys = load_rows(prefix_k, j.to(tl.int64) * k_token, inside, WIDTH, DEPTH)
+    values = load_rows(prefix_v, j.to(tl.int64) * v_token, inside, WIDTH, DEPTH)
+
+    key_sum, value_sum = tl.zeros((COLUMNS, DEPTH), tl.float32), tl.zeros((COLUMNS, DEPTH), tl.float32)
+    for member in range(split * part, tl.minimum((split + 1) * part, group)):
+        row = sample * group + member
+        size = tl.where(first < length, _length(lengths, row, tokens) * SHARE, 0)
+        key_sum, value_sum = key_gradient(
+            keys, values, q + row * q_row + head * SHARE * q_head,
+            grad + (row * tokens * kv_heads + head) * SHARE * WIDTH, lses + (row * kv_heads + head) * tokens * SHARE,
+            deltas + (row * kv_heads + head) * tokens * SHARE, key_sum, value_sum, 0, size, size, j,
+            q_token, q_head, kv_heads * SHARE * WIDTH, WIDTH, scale, SHARE, False, WIDTH, DEPTH, ROWS, COLUMNS,
+        )  # fmt: skip
+    at = (((split * batch + sample) * prefix_tokens + j) * kv_heads + head) * WIDTH
+    store_rows(dk, at, j < prefix_tokens, tl.where(inside[:, None], key_sum * (scale * LN2), 0.0), WIDTH, DEPTH)
+    store_rows(dv, at, j < prefix_tokens, tl.where(inside[:, None], value_sum, 0.0), WIDTH, DEPTH)
+
+
+@jit("size")
+def _sum_kernel(parts, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = Σ parts (SPLITS, size), in their order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in tl.static_range(SPLITS):
+        total += tl.load(parts + at, mask=at < size, other=0.0)
+        parts += size
+    tl.store(out + at, narrow(total, out.dtype.element_ty), mask=at < size)
+
+
+def _options(tile: Tiles, q: Tensor, k: Tensor) -> dict[str, int]:
+    width = q.shape[3]
+    return dict(
+        SHARE=q.shape[2] // k.shape[2], WIDTH=width, DEPTH=depth_of(width), ROWS=tile.rows, COLUMNS=tile.columns,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Between rows of the batch, tokens and heads."""
+    return [x.stride(dim) for x in tensors for dim in range(3)]
+
+
+def _sizes(q: Tensor, k: Tensor, prefix_k: Tensor, group_size: int, tile: Tiles) -> tuple[tuple[int], list[int]]:
+    """The grid over blocks of queries, and (blocks, group, kv_heads, tokens, prefix_tokens)."""
+    rows, tokens, heads, _ = q.shape
+    kv_heads = k.shape[2]
+    blocks = -(-tokens * (heads // kv_heads) // tile.rows)
+    return (rows * kv_heads * blocks,), [blocks, group_size, kv_heads, tokens, prefix_k.shape[1]]
+
+
+@torch.library.custom_op("uae_kernels::shared_prefix_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    lengths: Tensor | None,
+    prefix_lengths: Tensor | None,
+    packed: Tensor,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    """The attention's result, and log₂ Σ 2^score of each query, (B·G, Hkv, T·Hq/Hkv)."""
+    out, lses = _empty_results(q, k)
+    tile = plan_for(q, q.shape[3], shared=True).forward
+    grid, sizes = _sizes(q, k, prefix_k, group_size, tile)
+    launch(
+        _forward_kernel, grid, q, k, v, prefix_k, prefix_v, lengths, prefix_lengths, out, lses, *sizes, *unpack(packed),
+        *_strides(q, k, v, prefix_k, prefix_v), **_options(tile, q, k),
+    )  # fmt: skip
+    return out, lses
+
+
+def _empty_results(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    rows, tokens, heads, _ = q.shape
+    lses = q.new_empty(rows, k.shape[2], tokens * (heads // k.shape[2]), dtype=torch.float32)
+    return q.new_empty(q.shape), lses
+
+
+@_forward.register_fake
+def _(q, k, v, prefix_k, prefix_v, lengths, prefix_lengths, packed, group_size):
+    return _empty_results(q, k)
+
+
+@torch.library.custom_op("uae_kernels::shared_prefix_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    lengths: Tensor | None,
+    prefix_lengths: Tensor | None,
+    packed: Tensor,
+    group_size: int,
+    out: Tensor,
+    lses: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, prefix_k and prefix_v."""
+    dq, dk, dv, prefix_dk, prefix_dv = (x.new_empty(x.shape) for x in (q, k, v, prefix_k, prefix_v))
+    deltas, plan, scale = torch.empty_like(lses), plan_for(q, q.shape[3], shared=True), unpack(packed)
+    grid, sizes = _sizes(q, k, prefix_k, group_size, plan.queries)
+    launch(
+        _queries_kernel, grid, q, k, v, prefix_k, prefix_v, lengths, prefix_lengths, out, lses, grad, deltas, dq,
+        *sizes, *scale, *_strides(q, k, v, prefix_k, prefix_v), **_options(plan.queries, q, k),
+    )  # fmt: skip
+
+    (rows, tokens), (batch, prefix, kv_heads, _), tile = q.shape[:2], prefix_k.shape, plan.keys
+    blocks = -(-tokens // tile.columns)
+    launch(
+        _keys_kernel, (blocks * kv_heads * rows,), q, k, v, lengths, lses, grad, deltas, dk, dv,
+        blocks, kv_heads, tokens, *scale, *_strides(q, k, v), **_options(tile, q, k),
+    )  # fmt: skip
+
+    splits, blocks = min(group_size, SPLITS), -(-prefix // tile.columns)
+    parts = [torch.empty(splits, prefix_k.numel(), device=q.device) for _ in range(2)]
+    launch(
+        _prefix_keys_kernel, (blocks * kv_heads * batch * splits,), q, prefix_k, prefix_v, lengths, prefix_lengths,
+        lses, grad, deltas, *parts, blocks, batch, group_size, -(-group_size // splits), kv_heads, tokens, prefix,
+        *scale, *_strides(q, prefix_k, prefix_v), **_options(tile, q, k),
+    )  # fmt: skip
+    for part, total in zip(parts, (prefix_dk, prefix_dv), strict=True):
+        grid = (-(-total.numel() // BLOCK),)
+        launch(_sum_kernel, grid, part, total, total.numel(), SPLITS=splits, BLOCK=BLOCK, num_warps=4)
+    return dq, dk, dv, prefix_dk, prefix_dv
+
+
+@_backward.register_fake
+def _(grad, q, k, v, prefix_k, prefix_v, *_):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, prefix_k, prefix_v))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.group_size = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _autograd(ctx, grad, _):
+    if grad is None:
+        return (None,) * 9
+    *tensors, out, lses = ctx.saved_tensors
+    return *_backward(grad.contiguous(), *tensors, ctx.group_size, out, lses), *[None] * 4
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def shared_prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    group_size: int,
+    lengths: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention of G continuations over one prefix, which all of them see whole, and causally over themselves.
+
+    softmax(scale·q·[prefix_k, k]ᵀ)·[prefix_v, v], as if each continuation stood in a row of its own behind a copy of
+    its prefix. The prefix's own queries are not part of it.
+
+    The Triton kernels never hold scores or a copy of the prefix; they save, besides the inputs, the result and one
+    number a query. The prefix's gradient is summed over the G continuations and the query heads in a fixed order.
+
+    Args:
+        q: (B·G, T, Hq, D) floats, the G continuations of a prefix in a row.
+        k, v: (B·G, T, Hkv, D), like q in dtype. Hq is a multiple of Hkv; query head h uses head h // (Hq / Hkv).
+        prefix_k, prefix_v: (B, P, Hkv, D), like q in dtype. P may be 0. Any strides, for all five; channels that do not
+            lie side by side are copied.
+        group_size: G.
+        lengths: (B·G,) int64 or int32 on the same device: tokens of each continuation that count. The others get zeros
+            and no gradient, whatever they hold. None: all T.
+        prefix_lengths: (B,), the same for prefixes.
+        scale: positive number; None = 1/√D.
+        impl: "auto" is Triton on a GPU and PyTorch elsewhere, for fp64 and for D > 128
+            (64 in fp32); "triton" (sm_80 and newer) and
+            "torch" ask for one of them.
+
+    Returns:
+        (B·G, T, Hq, D) in q's dtype. With Triton a continuation's result depends, bit for bit, on itself and its prefix
+        alone: neither on the others, nor on its position, nor on the padding of T or P.
+
+    Raises:
+        TypeError: dtypes that differ or are not floats; lengths that are not integers.
+        ValueError: shapes that do not fit, a scale that is not positive.
+        RuntimeError: `impl="triton"` where it cannot run.
+    """
+    check_shared_prefix(q, k, v, prefix_k, prefix_v, group_size, lengths, prefix_lengths, scale)
+    if not use_triton("shared_prefix_attention", impl, q, unsupported(q, q.shape[3])):
+        return reference.shared_prefix_attention(
+            q, k, v, prefix_k, prefix_v, group_size=group_size, lengths=lengths, prefix_lengths=prefix_lengths,
+            scale=scale,
+        )  # fmt: skip
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    lengths, prefix_lengths = (None if x is None else x.contiguous() for x in (lengths, prefix_lengths))
+    tensors = [rows_of(x) for x in (q, k, v, prefix_k, prefix_v)]
+    packed = pack(scale / math.log(2))  # scores in base 2
+    return _forward(*tensors, lengths, prefix_lengths, packed, group_size)[0]

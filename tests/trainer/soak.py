@@ -36,7 +36,8 @@ def watch(process: subprocess.Popen, run: Path) -> list[dict]:
             handles, threads = len(os.listdir(proc / "fd")), len(os.listdir(proc / "task"))
         except (FileNotFoundError, ProcessLookupError):
             continue
-        samples.append({"step": done, "memory": resident, "handles": handles, "threads": threads})
+        if resident:  # none when the process is on its way out
+            samples.append({"step": done, "memory": resident, "handles": handles, "threads": threads})
     return samples
 
 

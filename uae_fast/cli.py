@@ -25,7 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for a failure, 2 for a user's mistake, 130 after SIGINT (Ctrl-C), 143 after SIGTERM.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(arguments, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif rest:
+        arguments.overrides += rest  # argparse takes no more of them once an option stood between
     from .config import ConfigError
 
     try:
@@ -90,6 +95,30 @@ def build_parser() -> argparse.ArgumentParser:
     imported.add_argument("--sd3", default="", help=f"Stable Diffusion 3.5 large, {place}DIR/SD3")
     imported.add_argument("--processor", default="", help=f"tokenizer and image processor, {place}DIR/llm_processor")
     imported.add_argument("--reward", default="", help=f"image encoder of the reward, {place}CLIP ViT-L/14")
+
+    evaluate = command(
+        "evaluate", run_evaluate, "Unified-Bench: redraw held-out images from their captions, and compare"
+    )
+    evaluate.add_argument("config", metavar="CONFIG|RUN", help=f"{config_help}, or a run's folder")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="evaluate.images=100, evaluate.encoders=[…]"
+    )
+    evaluate.add_argument("--at", choices=MOMENTS, help="which moment of the run; its last one unless given")
+    evaluate.add_argument(
+        "--tokens",
+        type=int,
+        action="append",
+        default=[],
+        metavar="K",
+        help="also with captions cut to K tokens; may be repeated",
+    )
+    evaluate.add_argument(
+        "--reconstructions",
+        type=Path,
+        metavar="DIR",
+        help="compare these files instead of drawing: of the sources' names, perhaps after recon_",
+    )
+    evaluate.add_argument("--out", type=Path, default=Path("unified-bench"), help="a new folder; default: %(default)s")
 
     report = command("report", run_report, "write a run's report.html")
     report.add_argument("run", type=Path, metavar="RUN")
@@ -242,6 +271,44 @@ def run_reconstruct(arguments: argparse.Namespace) -> int:
     side_by_side(rows).save(arguments.out)
     for path, caption, reward in zip(paths, captions, rewards, strict=True):
         print(f"{printable(str(path))}: {printable(caption)}  (reward {reward:.3f})")
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    from .config import ConfigError, load_config
+    from .models.loading import load_models, load_run
+    from .models.sources import find_sources
+    from .parquet import open_images
+
+    place = Path(arguments.config)
+    is_run = place.is_dir() and (place / "config.yaml").is_file()
+    config = load_config(place / "config.yaml" if is_run else arguments.config, arguments.overrides)
+    problems = [f"--tokens {k}: must be at least 1" for k in arguments.tokens if k < 1]
+    if arguments.out.exists():
+        problems.append(f"--out {arguments.out}: exists already; name a new folder")
+    if arguments.at and not is_run:
+        problems.append(f"--at {arguments.at}: {arguments.config} is no run's folder")
+    if arguments.reconstructions and (arguments.tokens or arguments.at):
+        problems.append("--reconstructions: is instead of drawing; leave out --tokens and --at")
+    if problems:
+        raise ConfigError(problems)
+    sources = find_sources(config)
+    data = open_images(config.data.heldout, "data.heldout", config.data)
+    quiet_libraries()
+    from .evaluate.unified_bench import WHOLE, compare, reconstruct, save_scores
+
+    tokens = sorted(set(arguments.tokens))
+    drawn = arguments.reconstructions
+    if drawn is None:
+        models = load_run(place, arguments.at, arguments.overrides)[1] if is_run else load_models(config)
+        reconstruct(config, models, data, arguments.out, tokens)
+        del models  # the image encoders need its memory
+        drawn = arguments.out / WHOLE
+    whole = compare(config, data, sources.judges, drawn)
+    by_tokens = {k: compare(config, data, sources.judges, arguments.out / str(k)) for k in tokens}
+    save_scores(arguments.out, whole, by_tokens)
+    print_scores(whole, by_tokens)
     print(f"wrote {arguments.out}")
     return 0
 
@@ -445,6 +512,18 @@ def print_summary(summary: dict) -> None:
     if summary["ceiling"]:
         ceiling = summary["ceiling"]
         table.add_row("ceiling", number(ceiling["reward"]), "", "", "", "", number(ceiling["accuracy"]))
+    Console().print(table)
+
+
+def print_scores(whole: dict, by_tokens: dict[int, dict]) -> None:
+    """Mean cosines as the published tables have them, times 100: a row for each length of captions."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("captions", *whole["encoders"], "overall", title="cosine of source and reconstruction × 100")
+    for name, found in {"whole": whole, **{f"{k} tokens": found for k, found in by_tokens.items()}}.items():
+        averages = [encoder["average"] for encoder in found["encoders"].values()]
+        table.add_row(name, *(f"{100 * value:.2f}" for value in (*averages, found["overall"])))
     Console().print(table)
 
 

@@ -263,6 +263,8 @@ class EvaluateConfig:
     images: int = 1024
     gallery: int = 8
     """How many of them go into samples/ and the report."""
+    encoders: list[str] = field(default_factory=list)
+    """Image encoders of `uae-fast evaluate`, as in reward.encoders; empty: those of the reward, and reward.heldout."""
 
 
 @dataclass

@@ -20,7 +20,8 @@ from .parquet import HUB_FILES
 # Keys that change nothing of what is computed. Of folders it is the contents that count, under the same keys.
 FREE = {
     "run", "device", "reporters", "models.path", "models.encoder_from", "models.decoder_from", "models.cache",
-    "models.start", "reward.encoders", "reward.heldout", "data.train", "data.heldout",
+    "models.start", "reward.encoders", "reward.heldout", "data.train", "data.heldout", "data.max_bad",
+    "evaluate.encoders",
 }  # fmt: skip
 
 

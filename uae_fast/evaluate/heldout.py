@@ -48,7 +48,7 @@ class Evaluator:
 
     def measure(self, moment: str) -> None:
         """Captions, reconstructs and scores the held-out images under the name of `moment`; does so only once."""
-        self._run(moment, lambda examples: self._write_captions(examples))
+        self._run(moment, lambda examples: write_captions(self.config, self.models, examples))
 
     def forget(self, moment: str) -> None:
         """Removes what a moment left: it lies ahead of where the run goes on."""
@@ -93,12 +93,7 @@ class Evaluator:
             for start in range(0, self.count, config.render.batch):
                 examples = [self.data[i] for i in range(start, min(start + config.render.batch, self.count))]
                 captions = write(examples)
-                images = draw(
-                    config,
-                    models,
-                    [caption for caption, _ in captions],
-                    [derive_seed(config.seed, "heldout", "noise", example.id) for example in examples],
-                )
+                images = draw_examples(config, models, examples, [caption for caption, _ in captions])
                 rewards = self._rewards(images, examples)
                 accuracies = self._accuracies(images, examples)
                 for i, example in enumerate(examples):
@@ -112,17 +107,6 @@ class Evaluator:
                     rows.append(row)
                 progress.advance(len(examples), f"reward {_mean(rows, 'reward'):.3f}")
         write_whole(folder / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-    def _write_captions(self, examples: list[Example]) -> list[tuple[str, int | None]]:
-        config = self.config
-        captions = sample_captions(
-            self.models.encoder,
-            self.models.encoder.prompt([example.image for example in examples]),
-            [derive_seed(config.seed, "heldout", "caption", example.id) for example in examples],
-            temperature=config.caption.temperature,
-            max_new_tokens=config.caption.max_new_tokens,
-        )
-        return list(zip(captions.texts, captions.mask.sum(1).tolist(), strict=True))
 
     def _rewards(self, images: Tensor, examples: list[Example]) -> dict[str, list[float]]:
         """What the reward and, where there is one, the held-out encoder say of the reconstructions."""
@@ -142,6 +126,24 @@ class Evaluator:
             for i, accuracy in zip(scenes, accuracies.tolist(), strict=True):
                 found[i] = accuracy
         return found
+
+
+def write_captions(config: Config, models: Models, examples: Sequence[Example]) -> list[tuple[str, int]]:
+    """The encoder's captions of held-out images and their lengths in tokens, each from the seed of its image."""
+    captions = sample_captions(
+        models.encoder,
+        models.encoder.prompt([example.image for example in examples]),
+        [derive_seed(config.seed, "heldout", "caption", example.id) for example in examples],
+        temperature=config.caption.temperature,
+        max_new_tokens=config.caption.max_new_tokens,
+    )
+    return list(zip(captions.texts, captions.mask.sum(1).tolist(), strict=True))
+
+
+def draw_examples(config: Config, models: Models, examples: Sequence[Example], captions: Sequence[str]) -> Tensor:
+    """Drawings (B, 3, H, W) of captions of held-out images, each from the noise of its image."""
+    seeds = [derive_seed(config.seed, "heldout", "noise", example.id) for example in examples]
+    return draw(config, models, captions, seeds)
 
 
 def picture_names(files: Sequence[str]) -> dict[str, str]:

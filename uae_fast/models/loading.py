@@ -40,6 +40,12 @@ IMAGE_ENCODERS = {  # classes of transformers by "model_type"
     "dinov2": "Dinov2Model",
     "dinov3_vit": "DINOv3ViTModel",
 }
+IMAGE_PROCESSORS = {
+    "clip": "CLIPImageProcessorPil",
+    "siglip": "SiglipImageProcessorPil",
+    "dinov2": "BitImageProcessorPil",
+    "dinov3_vit": "ViTImageProcessorPil",  # its own, the same resizing, needs torchvision
+}
 # The attention is named here, because a name in a folder's config.json could be that of a kernel to be downloaded.
 ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa"}
 
@@ -359,6 +365,23 @@ def load_image_encoder(source: Source, device: torch.device | None = None, seed:
     return ImageEncoder(model, processor["image_mean"], processor["image_std"], size)
 
 
+def load_image_processor(source: Source, size: int) -> Any:
+    """What an image encoder's authors do to an image before it (resizing, cropping), up to pixels in [0, 1].
+
+    Args:
+        source: `preprocessor_config.json`; where that names no size, the shorter side is made `size`, the middle taken.
+        size: of the encoder's input.
+    """
+    import transformers
+
+    options: dict[str, Any] = {"do_normalize": False, "do_rescale": True}
+    if "size" not in source.configuration("preprocessor"):
+        options |= {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    library_class = getattr(transformers, IMAGE_PROCESSORS[source.configuration("model")["model_type"]])
+    with named(source.key, source):
+        return library_class.from_pretrained(**source.pretrained(), **options)
+
+
 def pretrained(
     library_class: Any, source: Source, subfolder: str = "", *, complete: bool = False, **options: Any
 ) -> Any:
@@ -386,19 +409,20 @@ def pretrained(
     return model
 
 
-def load_run(run: Path, at: str | None) -> tuple[Config, Models]:
+def load_run(run: Path, at: str | None, overrides: Sequence[str] = ()) -> tuple[Config, Models]:
     """Configuration and networks of a run as they were at a moment.
 
     Args:
         run: the run's folder.
         at: "before", "stage0" … "stage3", or None for the run's last checkpoint.
+        overrides: "key=value", of its configuration.
 
     Raises:
         ConfigError: no such run, it has no such moment, or the moment's checkpoint is damaged.
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError([f"--run: {run} is not a run's folder: it has no config.yaml"])
-    config = load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml", overrides)
     saved = checkpoints(run / "checkpoints")
     found = find_moment(run / "checkpoints", at) if at else saved[-1] if saved else None
     if at not in (None, "before") and found is None:

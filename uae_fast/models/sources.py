@@ -123,6 +123,7 @@ class Sources:
         projector: `projector.safetensors`, or None for a new one.
         rewards: image encoders whose cosines the reward is made of.
         heldout: the image encoder that is only reported, if there is one.
+        judges: the image encoders of `uae-fast evaluate`.
     """
 
     encoder: Source
@@ -130,6 +131,7 @@ class Sources:
     projector: Path | None
     rewards: tuple[Source, ...]
     heldout: Source | None
+    judges: tuple[Source, ...]
 
 
 def models_folder(config: Config) -> Path | None:
@@ -217,6 +219,7 @@ def find_sources(config: Config) -> Sources:
     decoder = find(config.models.decoder_from, "models.decoder_from", "decoder", ("transformer", "vae", "scheduler"))
     rewards = [find(text, "reward.encoders", "reward", ("config.json",)) for text in config.reward.encoders or [""]]
     heldout = config.reward.heldout and find(config.reward.heldout, "reward.heldout", "", ("config.json",))
+    judges = [find(text, "evaluate.encoders", "", ("config.json",)) for text in config.evaluate.encoders]
     projector = folder / "projector.safetensors" if folder is not None else None
     if projector is not None and not projector.is_file():
         problems.append(f'models.path: {folder} has no projector.safetensors; "tiny" names the weights in the package')
@@ -235,7 +238,8 @@ def find_sources(config: Config) -> Sources:
     if problems:
         raise ConfigError(problems)
     assert encoder is not None and decoder is not None
-    sources = Sources(encoder, decoder, projector, tuple(filter(None, rewards)), heldout or None)
+    measured = tuple(filter(None, judges or [*rewards, heldout or None]))
+    sources = Sources(encoder, decoder, projector, tuple(filter(None, rewards)), heldout or None, measured)
     if misfits := problems_of_fit(config, sources):
         raise ConfigError(misfits)
     return sources

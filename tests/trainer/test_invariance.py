@@ -6,6 +6,8 @@ import pytest
 import torch
 from test_stages import build, examples, parameters_of
 
+from uae_fast.models.loading import load_models
+from uae_fast.rollout.renders import draw
 from uae_fast.trainer import accumulate
 
 TOLERANCE = 2e-5  # of the gradient's norm; each planted mistake below is at least a hundred times as large
@@ -95,3 +97,35 @@ def test_captions_and_rewards_do_not_depend_on_the_micro_batch(world, small_conf
         assert rollouts[3, size].metrics["reward"].item() == pytest.approx(
             rollouts[3, 8].metrics["reward"].item(), abs=1e-5
         )
+
+
+def test_an_image_depends_on_its_caption_and_seed_alone(world, small_config):
+    """Not on how many others there are, nor on the batches they are read and drawn in; twins are drawn once."""
+    config = small_config(world, "render.batch=4", "render.steps=2", "stage3.window=1", "stage3.window_end=1")
+    models = load_models(config)
+    models.encoder.freeze_reader()
+    read, drawn = [], []
+    models.encoder.reader_copy.register_forward_pre_hook(
+        lambda _, __, given: read.append(len(given["inputs_embeds"])), with_kwargs=True
+    )
+    velocity = models.decoder.velocity
+    models.decoder.velocity = lambda x, *given: drawn.append(len(x)) or velocity(x, *given)
+    words = [
+        "a red circle",
+        "a blue square",
+        "",
+        "a red circle",
+        "a red circle top-left",
+        "a blue square",
+        "one",
+        "two",
+    ]
+    seeds = [1, 1, 2, 1, 3, 2, 1, 1]
+    images = draw(config, models, words, seeds)
+    assert read == [4, 4] and drawn == [4] * 2 * 2  # seven pairs
+    assert torch.equal(images[0], images[3]) and not torch.equal(images[1], images[5])
+    for i in range(8):
+        assert torch.equal(draw(config, models, words[i : i + 1], seeds[i : i + 1])[0], images[i]), i
+    read.clear()
+    assert torch.equal(draw(config, models, words[:1] * 5, [1] * 5), images[:1].expand(5, -1, -1, -1))
+    assert read == [4]

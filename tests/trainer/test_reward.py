@@ -103,6 +103,19 @@ def test_a_source_is_embedded_once(folders):
     assert torch.equal(torch.cat([first, again[1:]]), fresh) and torch.equal(again[0], first[1])
 
 
+def test_the_sources_used_last_are_remembered(folders, monkeypatch):
+    monkeypatch.setattr("uae_fast.models.reward.SOURCES", 2)
+    reward, calls = Reward([encoder(folders, "clip")]), []
+    reward.encoders[0].register_forward_hook(lambda *_: calls.append(1))
+    images = [picture(16, 16, seed) for seed in range(3)]
+    fresh = [reward.embed_sources([image]) for image in images]
+    calls.clear()
+    for names, embedded in (([0, 1], 2), ([0], 2), ([2], 3), ([0, 2], 3), ([1], 4), ([2, 1, 0], 5)):
+        found = reward.embed_sources([images[i] for i in names], names)
+        assert len(calls) == embedded and len(reward.sources) <= 2, names
+        assert torch.equal(found, torch.cat([fresh[i] for i in names])), names
+
+
 def test_a_heldout_encoder_is_reported_and_changes_nothing(world, small_config, folders):
     options = ("stages=[2,3]", "evaluate.images=2", "stage2.lr=1e-3", "render.batch=8")
     plain = train(small_config(world, *options, run="plain"))

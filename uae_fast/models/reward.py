@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+SOURCES = 16_384  # embeddings of source images that are kept, those used last: 50 MB of CLIP ViT-L/14's
+
 
 class ImageEncoder(nn.Module):
     """A frozen image encoder f: the image tower of a CLIP or a SigLIP, or the CLS token of a DINOv2 or DINOv3.
@@ -70,7 +72,10 @@ class Reward(nn.Module):
 
     @torch.no_grad()
     def embed_sources(self, images: Sequence[Image.Image], names: Sequence[Hashable] | None = None) -> Tensor:
-        """Embeddings (B, ΣD) of source images of any size, each computed by itself, once for each of `names`."""
+        """Embeddings (B, ΣD) of source images of any size, each computed by itself, once for each of `names`.
+
+        The `SOURCES` names used last are remembered.
+        """
 
         def one(image: Image.Image) -> Tensor:
             return self.embed(to_tensor(image).to(self.encoders[0].get_buffer("mean").device))
@@ -78,9 +83,12 @@ class Reward(nn.Module):
         if names is None:
             return torch.cat([one(image) for image in images])
         for name, image in zip(names, images, strict=True):
-            if name not in self.sources:
-                self.sources[name] = one(image)
-        return torch.cat([self.sources[name] for name in names])
+            known = self.sources.pop(name, None)
+            self.sources[name] = one(image) if known is None else known  # the last of the dictionary
+        found = torch.cat([self.sources[name] for name in names])
+        for name in list(self.sources)[:-SOURCES]:
+            del self.sources[name]
+        return found
 
     def forward(self, images: Tensor, source: Tensor) -> Tensor:
         """Rewards (B,) of images (B, 3, H, W) against source embeddings (B, ΣD)."""

@@ -165,18 +165,28 @@ def render(
 
 @torch.no_grad()
 def draw(config: Config, models: Models, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
-    """Images (B, 3, H, W) of captions, one seed of the initial noise each: what rewards and evaluation look at."""
-    return render(
+    """Images (B, 3, H, W) of captions, one seed of the initial noise each: what rewards and evaluation look at.
+
+    A caption that comes again with the same seed is read and drawn once. Captions are read, like images drawn, in
+    batches of one shape: an image depends on its own caption and seed alone.
+    """
+    pairs = list(dict.fromkeys(zip(captions, seeds, strict=True)))
+    places = {pair: i for i, pair in enumerate(pairs)}
+    words, batch = [caption for caption, _ in pairs], config.render.batch
+    filled = words + words[-1:] * (-len(words) % batch)
+    context = torch.cat([models.condition(filled[i : i + batch]) for i in range(0, len(filled), batch)])
+    images = render(
         models.decoder,
-        models.condition(captions),
-        seeds,
+        context[: len(words)],
+        [seed for _, seed in pairs],
         resolution=config.data.resolution,
         steps=config.render.steps,
-        batch=config.render.batch,
+        batch=batch,
         guidance=render_guidance(config, models),
-        lengths=models.lengths(captions),
+        lengths=models.lengths(words),
         decode_batch=config.same_sampler.decode_batch,
     )
+    return pick(images, [places[pair] for pair in zip(captions, seeds, strict=True)])
 
 
 @torch.no_grad()

@@ -1,10 +1,9 @@
 """Stage 2's update as TRL's GRPOTrainer computes it, of the same policy on the same rollout.
 
 TRL's own are the trainer, constructed as its users construct it, `_compute_loss` and all it calls: the fused LM head,
-the chunked log-probs, the loss and its metrics. Ours are the inputs, such as its `_generate_and_score_completions` hands
-over: every caption in a row of its own, behind a copy of its prompt, with a copy of its image's patches. TRL's processor
-is left out, because its video half needs torchvision: a trainer that is given a tokenizer computes the same loss of the
-same inputs.
+the chunked log-probs, the loss and its metrics. Ours are the inputs, such as `_generate_and_score_completions` gives:
+every caption in a row of its own, behind a copy of its prompt, with a copy of its image's patches. TRL's processor is
+left out, for its video half needs torchvision: a trainer with a tokenizer computes the same loss of the same inputs.
 """
 
 from __future__ import annotations

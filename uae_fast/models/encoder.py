@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ConfigError, unicode_text
+from ..phases import phase
 
 LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 READER = "reader"  # the name of the adapter that re-reads captions; the policy's is "default"
@@ -247,6 +248,7 @@ class Encoder(nn.Module):
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
+    @phase("captions")
     @torch.no_grad()
     def prompt(self, images: Sequence[Image.Image]) -> Prompt:
         """Runs the vision tower once over B images and lays out their caption prompts."""

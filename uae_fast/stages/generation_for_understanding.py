@@ -79,6 +79,7 @@ class GenerationForUnderstanding:
                 **reward_metrics(rewards, size),
                 **metrics,
                 **sampler_metrics(config),
+                "prompts/mean_length": prompt.mask.sum(1).float().mean(),
                 "completions/mean_length": lengths.mean(),
             },
         )

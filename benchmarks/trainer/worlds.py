@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from uae_fast.config import Config, load_config
@@ -33,6 +35,26 @@ def small_world(folder: Path, scenes: int = 64) -> Path:
         if not (folder / split / "captions.jsonl").is_file():
             export(folder / split, split, scenes, seed=0)
     return folder
+
+
+def noise_world(folder: Path, side: int = 504, count: int = 8, words: int = 300) -> Path:
+    """`folder` with images of noise and captions of words that a random model's tokenizer knows."""
+    for split in ("train", "heldout"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        rows = []
+        for i in range(count):
+            pixels = torch.randint(256, (side, side, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            Image.frombytes("RGB", (side, side), pixels.numpy().tobytes()).save(folder / split / f"{i}.png")
+            caption = " ".join(f"w{20 + (7 * i + j) % 1000}" for j in range(words))
+            rows.append(json.dumps({"file": f"{i}.png", "caption": caption}) + "\n")
+        (folder / split / "captions.jsonl").write_text("".join(rows))
+    return folder
+
+
+def full_config(world: Path, preset: str, *overrides: str) -> Config:
+    """A preset of full-size models with random weights, on a world of `noise_world`."""
+    paths = [f"data.{split}={world / split}" for split in ("train", "heldout")]
+    return load_config(preset, [*paths, f"run={world / 'run'}", "reporters=[]", "models.load=dummy", *overrides])
 
 
 def tiny_config(world: Path, *overrides: str) -> Config:

@@ -4,8 +4,8 @@
     python -m benchmarks.guard --update    # writes it anew: the change of that file belongs to the commit that made it
 
 Counted are every op of uae_kernels on a small call, forward and backward, as it runs on a GPU (Triton's launches noted,
-not made) and on a CPU, and one step of each stage of the tiny preset on a CPU, optimiser included. Counts repeat exactly;
-one that fell is as much of a difference as one that rose, so that the baseline is always what is true.
+not made) and on a CPU, and one step of each stage of the tiny preset on a CPU, optimiser included. Counts repeat; one
+that fell is as much of a difference as one that rose: the baseline is always what is true.
 """
 
 from __future__ import annotations

@@ -214,6 +214,10 @@ class Stage2Config:
     """Captions of an image."""
     micro_batch: int = 64
     """Captions of one forward and backward pass."""
+    shared_prefix: bool = True
+    """Compute the prompt of an image once for all its captions in a micro-batch, which is most where `micro_batch` is
+    a multiple of `group_size`, and no padding; false: every caption in a row of its own, behind a copy of its prompt.
+    """
     updates: int = 1
     """Optimiser steps on each rollout."""
     lr: float = 1e-5

@@ -61,11 +61,13 @@ def cases(
         full: presets of full size with their overrides.
     """
     make = partial(Case, op=op, device=device, quick=quick, stage=stage)
-    tiny = make(variant=TINY, dtype=torch.float32, N=0, overrides=sizes[quick])
+    tiny = make(variant=f"stage{stage}-{TINY}", dtype=torch.float32, N=0, overrides=sizes[quick])
     yield counted(tiny)
     if not quick:
         for preset, overrides in full.items():
-            yield counted(make(variant=preset, dtype=torch.bfloat16, N=0, preset=preset, overrides=overrides))
+            yield counted(
+                make(variant=f"stage{stage}-{preset}", dtype=torch.bfloat16, N=0, preset=preset, overrides=overrides)
+            )
 
 
 def counted(case: Case) -> Case:

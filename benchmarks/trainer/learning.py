@@ -53,8 +53,12 @@ HELDOUT = 128
 
 
 def one_by_one(encoder: Any, prompt: Any, seeds: Sequence[int], **options: Any) -> Captions:
-    """`sample_captions`, a row at a time."""
-    rows = [sample_captions(encoder, prompt.rows(slice(i, i + 1)), [seed], **options) for i, seed in enumerate(seeds)]
+    """`sample_captions`, a caption at a time."""
+    of = [i * len(prompt.ids) // len(seeds) for i in range(len(seeds))]  # the prompt of each
+    rows = [
+        sample_captions(encoder, prompt.rows(slice(row, row + 1)), [seed], **options)
+        for row, seed in zip(of, seeds, strict=True)
+    ]
     width = max(row.ids.shape[1] for row in rows)
     ids = [pad(row.ids, (0, width - row.ids.shape[1]), value=encoder.tokenizer.pad_token_id) for row in rows]
     masks = [pad(row.mask, (0, width - row.mask.shape[1])) for row in rows]

@@ -18,7 +18,7 @@ from uae_fast.run import Position
 from uae_fast.speed import Speed
 from uae_fast.trainer import take_step
 
-from ..kernels.harness import Contestant, Entry, WrongResults, explain
+from ..kernels.harness import Contestant, Entry, WrongResults, explain, peak_and_flops
 from ..rows import OURS, Row
 from .contests import NEEDS_A_GPU, TINY, Case
 from .contests import cases as make_cases
@@ -61,6 +61,7 @@ class Contest:
         try:
             self.taker = Taker(case)
             self.taker.take()  # what is made once
+            self.entry.peak_bytes, self.entry.flops = peak_and_flops(self.taker.take, case.device)
         except torch.OutOfMemoryError as error:
             self.entry.reason = explain(error)
 
@@ -77,18 +78,18 @@ class Contest:
         case, entry = self.case, self.entry
         times = [1e3 * seconds for seconds in entry.times]
         fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
-        names = {name for values in self.found for name in values if not name.startswith(("loss", "ratio"))}
-        measured = {n: statistics.median(v[n] for v in self.found if n in v) for n in sorted(names)}
+        names = sorted({name for values in self.found for name in values})
+        measured = {name: statistics.median(values[name] for values in self.found) for name in names}
         row = {
             "op": case.op, "variant": case.variant, "contestant": entry.contestant.name, "config": {},
-            "N": case.N, "H": None, "V": None, "B": None, "T": None, "dtype": case.precision, "stage": case.stage,
-            "preset": case.preset, "median_ms": statistics.median(times) if times else None,
-            "p20_ms": fifths[0] if times else None, "p80_ms": fifths[3] if times else None, "rounds": len(times),
-            "calls": 1, "peak_bytes": measured.pop("memory/peak_gb", None) and max(
-                int(v["memory/peak_gb"] * 2**30) for v in self.found
-            ), "flops": None, "errors": {}, "reason": entry.reason,
-            "seconds": {n.removeprefix("seconds/"): measured[n] for n in measured if n.startswith("seconds/")},
-            **{n: measured.get(n) for n in ("images_per_second", "tokens_per_second", "mfu")},
+            "N": case.N, "H": None, "V": None, "B": None, "T": None, "dtype": case.precision,
+            "preset": case.preset, "stage": case.stage,
+            "median_ms": statistics.median(times) if times else None,
+            "p20_ms": fifths[0] if times else None, "p80_ms": fifths[3] if times else None,
+            "rounds": len(times), "calls": 1, "peak_bytes": entry.peak_bytes, "flops": entry.flops,
+            "peak_gb": measured.get("memory/peak_gb"), "errors": {}, "reason": entry.reason,
+            "seconds": {name[8:]: value for name, value in measured.items() if name.startswith("seconds/")},
+            **{name: measured.get(name) for name in ("images_per_second", "tokens_per_second", "mfu")},
         }  # fmt: skip
         return [row | environment] if times or entry.reason else []
 

@@ -253,6 +253,9 @@ class Stage3Config:
     """Sampler steps that are drawn with noise and trained on; the ones before are one path shared by a group."""
     window_end: int = 5
     """The window lies inside the first `window_end` sampler steps; where, is drawn anew for every batch."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of the policy, in rollout and update; 1 leaves the unconditional pass out. The
+    unconditional velocity carries no gradient."""
     clip_range: float = 1e-4
     advantage_clip: float = 5.0
     beta: float = 0.0

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from uae_kernels import shared_prefix_attention
 
 from ..config import ConfigError, unicode_text
+from ..phases import phase
 from .shared_prefix import Ragged, SharedPrefix, recomputing, sharing_prefixes
 
 LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -253,6 +254,7 @@ class Encoder(nn.Module):
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
+    @phase("captions")
     @torch.no_grad()
     def prompt(self, images: Sequence[Image.Image]) -> Prompt:
         """Runs the vision tower once over B images and lays out their caption prompts."""

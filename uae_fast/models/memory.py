@@ -348,7 +348,7 @@ class Predictor:
         FrozenHead.apply(stage.states(rollout, slice(0, rows), "policy")).sum().backward()
 
     def update3(self, stage: Any) -> None:
-        from ..rollout.renders import Trajectory
+        from ..rollout.renders import Guidance, Trajectory
         from ..stages.understanding_for_generation import DrawingRollout
 
         settings = stage.settings
@@ -361,7 +361,9 @@ class Predictor:
             self.context(drawings), None, torch.zeros(drawings, 3, side, side),
         )  # fmt: skip
         reference = self.latents(samples) if settings.beta else None
-        rollout = DrawingRollout(path, torch.zeros(drawings), reference, {})
+        scale = settings.guidance_scale
+        guidance = Guidance(scale, None if scale == 1 else path.context[:1])
+        rollout = DrawingRollout(path, torch.zeros(drawings), reference, {}, guidance)
         stage.loss(rollout, slice(0, settings.micro_batch))[0].backward()
 
 

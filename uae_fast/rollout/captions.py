@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.encoder import Encoder, Prompt
+from ..phases import phase
 from .decoding import choose, write
 
 
@@ -31,6 +32,7 @@ class Captions:
     logprobs: Tensor
 
 
+@phase("captions")
 @torch.no_grad()
 def sample_captions(
     encoder: Encoder,

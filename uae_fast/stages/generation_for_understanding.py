@@ -93,6 +93,7 @@ class GenerationForUnderstanding:
                 **sampler_metrics(config),
                 **caption_metrics(captions, models.encoder.eos_id),
                 "completions/unique": torch.tensor(len(set(zip(captions.texts, noise, strict=True))) / len(noise)),
+                "prompts/mean_length": prompt.mask.sum(1).float().mean(),
             },
         )
         # Scored in the update's micro-batches, by the update's own code: its first ratio is exactly 1.

@@ -91,6 +91,18 @@ def build_parser() -> argparse.ArgumentParser:
     imported.add_argument("--processor", default="", help=f"tokenizer and image processor, {place}DIR/llm_processor")
     imported.add_argument("--reward", default="", help=f"image encoder of the reward, {place}CLIP ViT-L/14")
 
+    bench = command("bench", run_bench, "compare samplers by the rewards they give")
+    bench.add_argument("suite", choices=("sampler",), metavar="sampler")
+    bench.add_argument("config", metavar="CONFIG", help=config_help)
+    bench.add_argument("overrides", nargs="*", metavar="key=value")
+    bench.add_argument(
+        "--gate", nargs="*", metavar="key=value", required=True,
+        help="draw captions of held-out images with the configured sampler and with the reference; status 1 if the "
+        "rewards' ranks differ by more than allowed. Where none is configured: the standard samplers",
+    )  # fmt: skip
+    bench.add_argument("--images", type=int, default=64, help="held-out images (default: %(default)s)")
+    bench.add_argument("--out", type=Path, default=Path("bench"), metavar="FOLDER", help="default: %(default)s")
+
     report = command("report", run_report, "write a run's report.html")
     report.add_argument("run", type=Path, metavar="RUN")
     command("env", run_env, "print versions and hardware")
@@ -274,6 +286,20 @@ def run_import_uae(arguments: argparse.Namespace) -> int:
         print(note)
     print(f"wrote {arguments.out}; caption with it: uae-fast caption IMAGE --run {arguments.out}")
     return 0
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    from .config import load_config
+
+    overrides = [*arguments.overrides, *arguments.gate]
+    load_config(arguments.config, overrides)  # its mistakes, before anything heavy is imported
+    quiet_libraries()
+    from .evaluate.gates import gate
+
+    def configure(*more: str) -> Config:
+        return load_config(arguments.config, [*overrides, *more])
+
+    return gate(configure, arguments.config, arguments.out, arguments.images)
 
 
 def run_report(arguments: argparse.Namespace) -> int:

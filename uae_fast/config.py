@@ -214,6 +214,10 @@ class Stage2Config:
     """Captions of an image."""
     micro_batch: int = 64
     """Captions of one forward and backward pass."""
+    shared_prefix: bool = True
+    """Compute the prompt of an image once for all its captions in a micro-batch, which is most where `micro_batch` is
+    a multiple of `group_size`, and no padding; false: every caption in a row of its own, behind a copy of its prompt.
+    """
     updates: int = 1
     """Optimiser steps on each rollout."""
     lr: float = 1e-5
@@ -246,6 +250,9 @@ class Stage3Config:
     """Sampler steps that are drawn with noise and trained on; the ones before are one path shared by a group."""
     window_end: int = 5
     """The window lies inside the first `window_end` sampler steps; where, is drawn anew for every batch."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of the policy, in rollout and update; 1 leaves the unconditional pass out. The
+    unconditional velocity carries no gradient."""
     clip_range: float = 1e-4
     advantage_clip: float = 5.0
     beta: float = 0.0

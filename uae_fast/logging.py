@@ -18,12 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from .checkpoint import write_whole
 
-CLOCKED = ("seconds/", "images_per_second")  # what the names of clock readings begin with
+# What the names of readings begin with that are of the machine's making, not of the run's
+CLOCKED = ("seconds/", "images_per_second", "tokens_per_second", "mfu", "memory/")
 PLAIN_EVERY = 10.0  # seconds between plain progress lines
 
 
 def timeless(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of metrics.jsonl without what a clock measured; what is left is the same however often a run stopped."""
+    """A row of metrics.jsonl without time and memory; what is left is the same however often a run stopped."""
     return {name: value for name, value in row.items() if not name.startswith(CLOCKED)}
 
 

@@ -39,7 +39,9 @@ Precision: share of the attributes it says that are true. Accuracy: share of the
 finds in the redrawn image. Ceiling: images redrawn from complete captions before training."""
 GALLERY_NOTE = """Held-out images: what the encoder wrote about each and what the decoder drew from those
 words alone. <mark>Marked</mark> words were not in the caption before. Small numbers: the reward’s change."""
-CURVES_NOTE = "Dots are single steps on training images, lines their running mean; zero charts are left out."
+PHASES = ("captions", "conditions", "renders", "rewards", "rest of the rollout", "update")  # in the order of a step
+CURVES_NOTE = """Dots are single steps on training images, lines their running mean; zero charts are left out. Bars:
+where the seconds of the median step go."""
 Points = list[tuple[float, float]]
 
 
@@ -307,11 +309,32 @@ def curves(steps: list[dict]) -> str:
                 charts.append(f"<figure><figcaption>{name}</figcaption>{chart(name, unit, lines)}</figure>")
         if charts:
             heading = f"Stage {stage[5:]}: {STAGES[stage]}" if stage in STAGES else escape(stage)
-            groups.append(f'<h3>{heading}</h3><div class="charts">{"".join(charts)}</div>\n')
+            groups.append(f'<h3>{heading}</h3>{phases(rows)}<div class="charts">{"".join(charts)}</div>\n')
     if not groups:
         return ""
     return f"""<section><h2>During training</h2><p class="note">{CURVES_NOTE}</p>{"".join(groups)}</section>
 """
+
+
+def phases(rows: list[dict]) -> str:
+    """A bar of the median step's seconds, phase by phase; nothing where they were not logged."""
+    columns: dict[str, list[float]] = {name: [] for name in PHASES}
+    for row in rows:
+        took = {key[8:]: value for key, value in row.items() if key.startswith("seconds/") and is_number(value)}
+        if {"rollout", "update"} <= took.keys():
+            took["rest of the rollout"] = max(0.0, took["rollout"] - sum(took.get(name, 0.0) for name in PHASES[:4]))
+            for name, values in columns.items():
+                values.append(took.get(name, 0.0))
+    seconds = [statistics.median(values) if values else 0.0 for values in columns.values()]
+    whole = sum(seconds)
+    shown = [
+        (i, name, took) for i, (name, took) in enumerate(zip(PHASES, seconds, strict=True)) if took >= 0.005 * whole > 0
+    ]
+    bar = "".join(f'<i class="phase{i}" style="flex-grow:{took / whole:.4f}"></i>' for i, _, took in shown)
+    names = "".join(
+        f'<li class="phase{i}">{name} <small>{number(took, ".3g")} s</small></li>' for i, name, took in shown
+    )
+    return f'<div class="phases" aria-hidden="true">{bar}</div><ul class="phases">{names}</ul>' if shown else ""
 
 
 def chart(name: str, unit: str, lines: dict[str, Points]) -> str:

@@ -23,8 +23,10 @@ from .models.loading import load_models
 from .models.sources import find_sources
 from .optim import RunningMean, build_optimizer, optimizer_tensors, restore_optimizer, warm_up
 from .parquet import open_images
+from .phases import Stopwatch
 from .report import write_report
 from .run import Position, Run
+from .speed import Speed
 from .stages import Metrics, Stage
 from .stages.cold_start import ColdStart
 from .stages.decoder_pretrain import DecoderPretrain
@@ -130,6 +132,7 @@ def run_stage(stage: Stage, run: Run) -> None:
     optimizer = build_optimizer(groups, config.optimizer)
     mean = RunningMean(parameters, getattr(settings, "ema_decay", 0.0))
     reference = models.decoder.reference_copy
+    speed = Speed(stage, config)
     if position.stage_step and run.start is not None:
         restore_optimizer(optimizer, load_file(run.start / "optimizer.safetensors"))
         mean.restore(load_file(run.start / "mean.safetensors"))
@@ -142,7 +145,7 @@ def run_stage(stage: Stage, run: Run) -> None:
 
     with ProgressLine(f"{stage.name}  {stage.title}", settings.steps, position.stage_step) as progress:
         for step in range(position.stage_step, settings.steps):
-            start = time.monotonic()
+            speed.start()
             examples = run.data.batch(step, settings.images, config.seed, stage.name)
             warm_up(optimizer, position.taken, config.optimizer.warmup_steps)
             values, bad = take_step(stage, examples, step, optimizer, mean, run)
@@ -156,9 +159,7 @@ def run_stage(stage: Stage, run: Run) -> None:
             values["lr"] = optimizer.param_groups[0]["lr"]
             values["micro_batch"] = settings.micro_batch
             values["skipped_steps"], values["skipped_images"] = position.skipped, len(run.data.skipped)
-            seconds = time.monotonic() - start
-            values["seconds/update"] = seconds - values["seconds/rollout"]
-            values["images_per_second"] = settings.images * getattr(settings, "group_size", 1) / seconds
+            speed.measure(values)
             run.log.metrics(position.step, stage.name, values)
             progress.advance(words=progress_words(values))
             if bad:
@@ -189,19 +190,20 @@ def take_step(
     A number that is not finite, in the metrics of rollout or update, ends the step before the optimiser moves.
 
     Returns:
-        The metrics of the first update (of the one that was not finite), and those of them that are not finite.
+        The metrics of the first update (of the one that was not finite) with the seconds of rollout and its phases, and
+        those of them that are not finite.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     values: dict[str, float] = {}
     bad: dict[str, str] = {}
-    rollout, done = None, 0
-    start = rolled_out = time.monotonic()
+    rollout, done, watch = None, 0, Stopwatch(run.models.decoder.device)
     while done < getattr(stage.settings, "updates", 1) and not bad:
         found = None
         try:
             with run.stop.heeded(done == 0):
                 if rollout is None:
-                    rollout, rolled_out = stage.rollout(examples, step), time.monotonic()
+                    with watch.running("rollout"):
+                        rollout = stage.rollout(examples, step)
                 metrics = accumulate(stage, rollout, parameters, run.config.optimizer.max_grad_norm)
                 found = fetch({**rollout.metrics, **metrics})
         except torch.OutOfMemoryError:
@@ -218,7 +220,7 @@ def take_step(
         optimizer.zero_grad()
         values = found if bad or not done else values
         done += 1
-    return {**values, "seconds/rollout": rolled_out - start}, bad
+    return {**values, **{f"seconds/{name}": took for name, took in watch.seconds().items()}}, bad
 
 
 def accumulate(stage: Stage, rollout: Any, parameters: list[nn.Parameter], max_grad_norm: float) -> Metrics:

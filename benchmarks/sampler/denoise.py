@@ -25,6 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 from uae_kernels import flow_step
 from uae_kernels.mmdit import ModulationTable, accelerate_sd3
 
+from uae_fast.speed import peak_flops
+
 from ..counts import Counts, counted
 from ..kernels import harness
 from ..kernels.harness import Absent, Contestant, Entry, Results, Step, Truth, WrongResults, compare, compiled, explain
@@ -40,11 +42,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "large": {"layers": 38},
 }
 TINY = "tiny"  # the model of a CPU
-# FLOP/s of dense bf16 products by the maker's data sheets; the first name that the device's contains
-PEAKS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "RTX 3090": 71e12,
-}  # fmt: skip
 KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}  # of PyTorch's own attention
 SLACK = 2  # our error may be so many times that of diffusers in the same dtype
 WRONG = 0.5  # a relative error that no rounding explains
@@ -318,12 +315,6 @@ class Contest(harness.Contest):
             "images_per_s": loop_ms and 1e3 * case.N / loop_ms,
             "mfu": loop_ms and peak and flops / (1e-3 * loop_ms * peak),
         }
-
-
-def peak_flops(device: str) -> float | None:
-    """Of the GPU in bf16; None where it is not known."""
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
 
 
 def peak_reserved(step: Step) -> int:

@@ -45,8 +45,9 @@ def parameters_of(stage):
         (3, []),
         (3, ["same_sampler.accelerate=false"]),
         (3, [BUCKETS, "stage3.images=4", "stage3.group_size=2"]),
+        (3, ["stage3.guidance_scale=4.5", "stage3.beta=0.1"]),
     ],
-    ids=["captions", "drawings", "drawings by diffusers", "drawings of several lengths"],
+    ids=["captions", "drawings", "drawings by diffusers", "drawings of several lengths", "guided drawings"],
 )
 def test_the_first_ratio_is_exactly_one(world, small_config, number, options, mode):
     """Against log-probs stored by the rollout, in two micro-batches; the second update's ratio is not."""
@@ -72,7 +73,8 @@ def test_the_first_ratio_is_exactly_one(world, small_config, number, options, mo
 
 @pytest.mark.parametrize("number, option", [(0, ""), (1, "stage1.context=caption"), (1, "stage1.context=image")]
                          + [(2, f"stage2.loss_type={name}") for name in ("grpo", "dapo", "bnpo", "dr_grpo")]
-                         + [(3, "stage3.beta=0.1")] + [(number, BUCKETS) for number in (0, 1, 3)])  # fmt: skip
+                         + [(3, "stage3.beta=0.1"), (3, "stage3.guidance_scale=3.0")]
+                         + [(number, BUCKETS) for number in (0, 1, 3)])  # fmt: skip
 def test_micro_batches_add_up(world, small_config, number, option):
     config = small_config(world, *filter(None, [option]), f"stage{number}.micro_batch=4")
     stage = build(number, config)
@@ -111,6 +113,19 @@ def test_gradients_reach_what_trains_and_nothing_else(world, small_config, numbe
         "decoder": any(id(p) in ours for p in models.decoder.parameters()),
     }
     assert tuple(name for name, trains in trained.items() if trains) == stage.trains
+
+
+def test_the_reference_is_guided_by_itself(world, small_config):
+    """Where the policy has not moved it is the reference: no KL, whatever the guidance; and where it has, there is."""
+    config = small_config(world, "stage3.guidance_scale=4.5", "stage3.beta=0.1", "models.decoder=lora")
+    stage = build(3, config)
+    parameters = parameters_of(stage)
+    rollout = stage.rollout(examples(config, 3), 0)
+    assert stage.loss(rollout, slice(0, 8))[1]["kl"].item() < 1e-8
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    assert stage.loss(rollout, slice(0, 8))[1]["kl"].item() > 1e-3
 
 
 def test_captions_of_one_image_share_their_noise(world, small_config):

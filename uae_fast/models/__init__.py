@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..phases import phase
 from .decoder import Decoder
 from .encoder import Encoder
 from .projector import Projector
@@ -27,6 +28,7 @@ class Models:
     reader: str = "reader"
     """Who re-reads captions: "reader" (`condition.adapter: frozen`) or "policy" (`live`)."""
 
+    @phase("conditions")
     def condition(self, captions: Sequence[str], role: str | None = None) -> Tensor:
         """The decoder's context (B, L, D) for captions, re-read by `role` (by `self.reader` unless given)."""
         return self.projector(*self.encoder.read(captions, role or self.reader))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from uae_kernels import shared_prefix_attention
 
 from ..config import ConfigError, unicode_text
+from ..phases import phase
+from .shared_prefix import Ragged, SharedPrefix, recomputing, sharing_prefixes
 
 LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 READER = "reader"  # the name of the adapter that re-reads captions; the policy's is "default"
@@ -29,30 +32,31 @@ class Prompt:
         mask: (B, P) bool, False at padding.
         positions: (3, B, P) multimodal rotary positions.
         features: B tensors (image tokens, H) from the vision tower.
+        lengths: B numbers of tokens, padding left out.
     """
 
     ids: Tensor
     mask: Tensor
     positions: Tensor
     features: tuple[Tensor, ...]
+    lengths: tuple[int, ...]
 
     def repeat(self, times: int) -> Prompt:
         """Every prompt `times` times in a row: (B·times, P)."""
-        return Prompt(
-            self.ids.repeat_interleave(times, 0),
-            self.mask.repeat_interleave(times, 0),
-            self.positions.repeat_interleave(times, 1),
-            tuple(feature for feature in self.features for _ in range(times)),
-        )
+        return self.take([row for row in range(len(self.lengths)) for _ in range(times)])
 
     def rows(self, rows: slice) -> Prompt:
         """The prompts of some rows."""
-        return replace(
-            self,
-            ids=self.ids[rows],
-            mask=self.mask[rows],
-            positions=self.positions[:, rows],
-            features=self.features[rows],
+        return self.take(list(range(*rows.indices(len(self.lengths)))))
+
+    def take(self, rows: Sequence[int]) -> Prompt:
+        """The prompts of these rows, each as often as it is named."""
+        return Prompt(
+            self.ids[rows],
+            self.mask[rows],
+            self.positions[:, rows],
+            tuple(self.features[row] for row in rows),
+            tuple(self.lengths[row] for row in rows),
         )
 
 
@@ -104,6 +108,7 @@ class Encoder(nn.Module):
         self.buckets = tuple(buckets)
         self.reader_copy: Any = None
         self.adapters: Any = None  # the PeftModel around self.model
+        self.prefix_attention: Callable[..., Tensor] = shared_prefix_attention
         self.register_buffer("place", torch.empty(0), persistent=False)
         self.requires_grad_(False).eval()
 
@@ -203,7 +208,9 @@ class Encoder(nn.Module):
         language_model = self.model.model.language_model
         for layer in language_model.layers:
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = partial(
+                checkpoint, use_reentrant=False, context_fn=partial(recomputing, language_model.config)
+            )
         language_model.register_forward_pre_hook(_checkpoint_where_gradients_flow)
 
     def freeze(self) -> None:
@@ -247,6 +254,7 @@ class Encoder(nn.Module):
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
+    @phase("captions")
     @torch.no_grad()
     def prompt(self, images: Sequence[Image.Image]) -> Prompt:
         """Runs the vision tower once over B images and lays out their caption prompts."""
@@ -255,13 +263,13 @@ class Encoder(nn.Module):
         features = self.model.model.get_image_features(pixels["pixel_values"], grid).pooler_output
         image_token = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
         texts = [self._prompt_text.replace(image_token, image_token * len(feature)) for feature in features]
-        tokens = self.tokenizer(
-            texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-        ).to(self.device)
+        tokens = self.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+        lengths = tokens["attention_mask"].sum(1).tolist()
+        tokens = tokens.to(self.device)
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         types = (ids == self.model.config.image_token_id).int()
         positions, _ = self.model.model.get_rope_index(ids, types, image_grid_thw=grid, attention_mask=mask)
-        return Prompt(ids, mask.bool(), positions, tuple(features))
+        return Prompt(ids, mask.bool(), positions, tuple(features), tuple(lengths))
 
     def embed(self, prompt: Prompt) -> Tensor:
         """Input embeddings (B, P, H) of a prompt, image features in their places."""
@@ -281,6 +289,45 @@ class Encoder(nn.Module):
         states = self._prompted_states(prompt, caption_ids, caption_mask, role)
         start = prompt.ids.shape[1] - 1
         return states[:, start : start + caption_ids.shape[1]]
+
+    def group_states(self, prompt: Prompt, caption_ids: Tensor, lengths: Sequence[int], role: str = "policy") -> Tensor:
+        """As `caption_states`, of G captions an image whose prompt is computed once; no padding is computed.
+
+        Args:
+            prompt: the images' prompts, B rows.
+            caption_ids: (B·G, T) tokens, those of an image one after another, padded on the right.
+            lengths: B·G numbers of tokens, at least 1; how many there are says what G is.
+            role: whose language model: "policy" or "reference".
+
+        Returns:
+            states (B·G, T, H), zeros at padding.
+        """
+        shared = SharedPrefix(
+            Ragged.of(prompt.lengths, self.device),
+            Ragged.of([length - 1 for length in lengths], self.device),
+            self.prefix_attention,
+        )
+        width, size = prompt.ids.shape[1], shared.group_size
+        kept = [row * width + i for row, n in enumerate(prompt.lengths) for i in range(width - n, width)]
+        places = torch.tensor(kept, device=self.device)
+        written = caption_ids[:, : shared.captions.width]
+        positions = self.caption_positions(prompt, written.shape[1]).repeat_interleave(size, 1)
+        parts = [
+            (self.embed(prompt), self.model.get_input_embeddings()(written)),
+            (prompt.positions.permute(1, 2, 0), positions.permute(1, 2, 0)),
+        ]
+        embeds, positions = (
+            torch.cat([prefix.flatten(0, 1).index_select(0, places), shared.captions.pack(own)])
+            for prefix, own in parts
+        )
+        with self.acting_as(role) as language_model, sharing_prefixes(language_model):
+            states = language_model(
+                inputs_embeds=embeds.unsqueeze(0),
+                position_ids=positions.T.unsqueeze(1),
+                use_cache=False,
+                shared_prefix=shared,
+            ).last_hidden_state
+        return shared.predicting(states[0], caption_ids.shape[1])
 
     def answer_states(self, prompt: Prompt, caption_ids: Tensor, caption_mask: Tensor) -> Tensor:
         """The policy's last hidden states (B, T, H) *at* the caption's tokens, with the image in sight."""

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from uae_kernels import shared_prefix_attention
+from uae_kernels._attention import unsupported
 
 from ..config import Config
 from . import Models
@@ -163,6 +165,8 @@ class Predictor:
             encoder.adapters.add_adapter(READER, encoder.adapters.peft_config["default"])
             encoder.to("meta")
         encoder.freeze_reader()
+        if config.device != "cpu":
+            encoder.prefix_attention = kernel_attention
         self.prompt_length += len(self.models.encoder.tokenizer(self.models.encoder._prompt_text)["input_ids"])
         self.parts = {name: part for name in PARTS if (part := getattr(self.models, name)) is not None}
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -235,8 +239,8 @@ class Predictor:
     def prompt(self, rows: int) -> Prompt:
         """A prompt of `rows` images, each of as many tokens as an image may have."""
         ids = torch.zeros(rows, self.prompt_length, dtype=torch.long)
-        width = self.models.encoder.head.weight.shape[1]
-        return Prompt(ids, ids == 0, ids.expand(3, -1, -1), (torch.zeros(1, width),) * rows)
+        features = torch.zeros(1, self.models.encoder.head.weight.shape[1])
+        return Prompt(ids, ids == 0, ids.expand(3, -1, -1), (features,) * rows, (self.prompt_length,) * rows)
 
     @torch.no_grad()
     def write(self, rows: int, alive: Alive) -> int:
@@ -319,11 +323,12 @@ class Predictor:
         rows, length = stage.settings.micro_batch, self.config.caption.max_new_tokens
         ids, zeros = torch.zeros(rows, length, dtype=torch.long), torch.zeros(rows, length)
         captions = Captions(ids, ids == 0, [""] * rows)
-        rollout = CaptionRollout(self.prompt(rows), captions, torch.zeros(rows), zeros, zeros, {})
+        prompt = self.prompt(-(-rows // stage.settings.group_size))
+        rollout = CaptionRollout(prompt, captions, [length] * rows, torch.zeros(rows), zeros, zeros, {})
         FrozenHead.apply(stage.states(rollout, slice(0, rows), "policy")).sum().backward()
 
     def update3(self, stage: Any) -> None:
-        from ..rollout.renders import Trajectory
+        from ..rollout.renders import Guidance, Trajectory
         from ..stages.understanding_for_generation import DrawingRollout
 
         settings = stage.settings
@@ -336,7 +341,9 @@ class Predictor:
             self.context(drawings), None, torch.zeros(drawings, 3, side, side),
         )  # fmt: skip
         reference = self.latents(samples) if settings.beta else None
-        rollout = DrawingRollout(path, torch.zeros(drawings), reference, {})
+        scale = settings.guidance_scale
+        guidance = Guidance(scale, None if scale == 1 else path.context[:1])
+        rollout = DrawingRollout(path, torch.zeros(drawings), reference, {}, guidance)
         stage.loss(rollout, slice(0, settings.micro_batch))[0].backward()
 
 
@@ -352,6 +359,15 @@ class FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         (jacobian,) = ctx.saved_tensors
         return torch.empty_like(jacobian, dtype=torch.float32) * gradient.unsqueeze(-1)
+
+
+def kernel_attention(q: Tensor, *tensors: Tensor, lengths: Tensor, prefix_lengths: Tensor, **options: Any) -> Tensor:
+    """`shared_prefix_attention` as on a GPU: where its kernels can serve, their results and what they keep."""
+    if unsupported(q, q.shape[3]):
+        return shared_prefix_attention(q, *tensors, lengths=lengths, prefix_lengths=prefix_lengths, **options)
+    scale, size = torch.empty(1), options["group_size"]
+    op = torch.ops.uae_kernels.shared_prefix_attention
+    return op(q, *tensors, lengths, prefix_lengths, scale, size)[0]
 
 
 def quantisable(models: Models, name: str) -> Iterator[nn.Linear]:

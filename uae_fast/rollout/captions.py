@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models.encoder import Encoder, Prompt
+from ..phases import phase
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Captions:
     texts: list[str]
 
 
+@phase("captions")
 @torch.no_grad()
 def sample_captions(
     encoder: Encoder, prompt: Prompt, seeds: Sequence[int], *, temperature: float, max_new_tokens: int

@@ -14,6 +14,7 @@ from ..config import Config
 from ..models import Models
 from ..models.batches import by_length, in_batches, pick
 from ..models.decoder import Decoder
+from ..phases import phase
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def ode_path(
     return by_length(lambda *rows: in_batches(walk, batch, *rows), lengths, context, *own)
 
 
+@phase("renders")
 @torch.no_grad()
 def render(
     decoder: Decoder,
@@ -179,6 +181,7 @@ def draw(config: Config, models: Models, captions: Sequence[str], seeds: Sequenc
     )
 
 
+@phase("renders")
 @torch.no_grad()
 def sde_window(
     decoder: Decoder,

@@ -12,6 +12,7 @@ from ..config import Config, cheaper
 from ..data import Example
 from ..models import Models
 from ..models.reward import Reward
+from ..phases import phase
 
 Metrics = dict[str, Tensor]
 
@@ -50,6 +51,7 @@ class Stage(Protocol):
         ...
 
 
+@phase("rewards")
 def judge(models: Models, images: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
     """Rewards (B,) of drawings (B, 3, H, W) of n examples, B/n of each in a row, and what a held-out encoder says.
 

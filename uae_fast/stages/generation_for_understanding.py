@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,8 +24,9 @@ from . import Metrics, judge, policy_metrics, reward_metrics, sampler_metrics
 class CaptionRollout:
     """B = images · group_size sampled captions, their rewards, and the log-probs of the policy that wrote them."""
 
-    prompt: Prompt  # B rows
+    prompt: Prompt  # of the images
     captions: Captions
+    lengths: list[int]  # of the captions, in tokens
     advantages: Tensor  # (B,)
     old_logprobs: Tensor  # (B, T)
     ref_logprobs: Tensor | None  # (B, T)
@@ -53,10 +55,10 @@ class GenerationForUnderstanding:
         size = settings.group_size
         seeds = [derive_seed(config.seed, self.name, step, e.id, i) for e in examples for i in range(size)]
         images = [example.image for example in examples]
-        prompt = models.encoder.prompt(images).repeat(size)
+        prompt = models.encoder.prompt(images)
         captions = sample_captions(
             models.encoder,
-            prompt,
+            prompt.repeat(size),
             seeds,
             temperature=settings.temperature,
             max_new_tokens=config.caption.max_new_tokens,
@@ -72,6 +74,7 @@ class GenerationForUnderstanding:
         rollout = CaptionRollout(
             prompt,
             captions,
+            captions.mask.sum(1).tolist(),
             advantages=group_advantages(rewards, size, scale=settings.scale_advantages),
             old_logprobs=torch.empty(captions.ids.shape, device=rewards.device),
             ref_logprobs=torch.empty(captions.ids.shape, device=rewards.device) if settings.beta else None,
@@ -79,6 +82,7 @@ class GenerationForUnderstanding:
                 **reward_metrics(rewards, size),
                 **metrics,
                 **sampler_metrics(config),
+                "prompts/mean_length": prompt.mask.sum(1).float().mean(),
                 "completions/mean_length": lengths.mean(),
             },
         )
@@ -102,11 +106,19 @@ class GenerationForUnderstanding:
         return logprobs
 
     def states(self, rollout: CaptionRollout, rows: slice, role: str) -> Tensor:
-        """Hidden states (B, T, H) that predict the sampled tokens."""
-        captions = rollout.captions
-        return self.models.encoder.caption_states(
-            rollout.prompt.rows(rows), captions.ids[rows], captions.mask[rows], role
-        )
+        """Hidden states (B, T, H) that predict the sampled tokens.
+
+        With `stage2.shared_prefix` the captions that an image has in these rows share its prompt. Where images have
+        several numbers of them, as many as divide all: a prompt is computed once for so many.
+        """
+        encoder, captions = self.models.encoder, rollout.captions
+        start, stop, _ = rows.indices(len(rollout))
+        size = self.settings.group_size
+        shared = math.gcd(start, stop, size) if self.settings.shared_prefix else 1
+        prompt = rollout.prompt.take([row // size for row in range(start, stop, shared)])
+        if self.settings.shared_prefix:
+            return encoder.group_states(prompt, captions.ids[rows], rollout.lengths[rows], role)
+        return encoder.caption_states(prompt, captions.ids[rows], captions.mask[rows], role)
 
     def targets(self, rollout: CaptionRollout, rows: slice) -> Tensor:
         """Sampled tokens (B, T), −100 at padding."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ class DrawingRollout:
 
     trajectory: Trajectory
     advantages: Tensor  # (B,)
-    ref_velocity: Tensor | None  # (W·B, C, H, W)
+    ref_velocity: Tensor | None  # (W·B, C, H, W), guided
     metrics: Metrics
+    guidance: Guidance = field(default_factory=Guidance)
 
     def __len__(self) -> int:
         return len(self.trajectory.latents)
@@ -51,9 +52,10 @@ class UnderstandingForGeneration:
         config, settings, models = self.config, self.settings, self.models
         size = settings.group_size
         images = [example.image for example in examples]
+        prompt = models.encoder.prompt(images)
         captions = sample_captions(
             models.encoder,
-            models.encoder.prompt(images),
+            prompt,
             [self.seed("caption", example.id) for example in examples],
             temperature=config.caption.temperature,
             max_new_tokens=config.caption.max_new_tokens,
@@ -64,6 +66,9 @@ class UnderstandingForGeneration:
             [self.seed(step, example.id, i, w) for example in examples for i in range(size)]
             for w in range(settings.window)
         ]
+        guidance = Guidance()
+        if settings.guidance_scale != 1:
+            guidance = Guidance(settings.guidance_scale, models.negative(config.render.negative_prompt))
         trajectory = sde_window(
             models.decoder,
             models.condition(captions.texts),
@@ -77,7 +82,7 @@ class UnderstandingForGeneration:
             noise_level=settings.noise_level,
             batch=config.render.batch,
             micro_batch=settings.micro_batch,
-            guidance=Guidance(),
+            guidance=guidance,
             lengths=models.lengths(captions.texts),
             decode_batch=config.same_sampler.decode_batch,
         )
@@ -85,21 +90,34 @@ class UnderstandingForGeneration:
         rollout = DrawingRollout(
             trajectory,
             advantages=group_advantages(rewards, size, scale=settings.scale_advantages),
-            ref_velocity=torch.empty_like(trajectory.latents) if settings.beta else None,
+            ref_velocity=None,
             metrics={
                 **reward_metrics(rewards, size),
                 **metrics,
                 **sampler_metrics(config),
+                "prompts/mean_length": prompt.mask.sum(1).float().mean(),
                 "completions/mean_length": captions.mask.sum(1).float().mean(),
                 "clip_range_nats": torch.tensor(settings.clip_range * trajectory.latents[0].numel()),
+                "window_start": torch.tensor(start),
             },
+            guidance=guidance,
         )
-        if rollout.ref_velocity is not None:
-            with models.decoder.acting_as_reference():
-                for first in range(0, len(rollout), settings.micro_batch):
-                    rows = slice(first, first + settings.micro_batch)
-                    rollout.ref_velocity[rows] = self.velocity(rollout, rows).float()
+        if settings.beta:
+            rollout.ref_velocity = self.reference_velocity(rollout)
         return rollout
+
+    @torch.no_grad()
+    def reference_velocity(self, rollout: DrawingRollout) -> Tensor:
+        """The reference's velocities (W·B, C, H, W) at the rollout's samples, fp32, guided by its own v_u."""
+        found = torch.empty_like(rollout.trajectory.latents)
+        with self.models.decoder.acting_as_reference():
+            for first in range(0, len(rollout), self.settings.micro_batch):
+                rows = slice(first, first + self.settings.micro_batch)
+                velocity, uncond = self.velocity(rollout, rows).float(), self.unconditional(rollout, rows)
+                if uncond is not None:
+                    velocity = uncond.float().lerp(velocity, rollout.guidance.scale)
+                found[rows] = velocity
+        return found
 
     def seed(self, *parts: int | str) -> int:
         """The seed of one of the stage's draws."""
@@ -113,6 +131,13 @@ class UnderstandingForGeneration:
         lengths = path.lengths and path.lengths[drawings]
         return self.models.decoder.velocity(path.latents[rows], sigma, path.context[drawings], lengths)
 
+    def unconditional(self, rollout: DrawingRollout, rows: slice) -> Tensor | None:
+        """v_u (B, C, H, W) at the same samples, without a gradient; None without guidance."""
+        path, decoder = rollout.trajectory, self.models.decoder
+        negative = rollout.guidance.negative(decoder, self.settings.micro_batch)
+        sigma = path.levels[rows.start // len(path.context)]
+        return rollout.guidance.unconditional(decoder, path.latents[rows], sigma, negative)
+
     def drawings(self, rollout: DrawingRollout, rows: slice) -> slice:
         """Which drawings the samples of one sampler step belong to."""
         first = rows.start % len(rollout.trajectory.context)
@@ -121,6 +146,10 @@ class UnderstandingForGeneration:
     def loss(self, rollout: DrawingRollout, rows: slice) -> tuple[Tensor, Metrics]:
         settings, path = self.settings, rollout.trajectory
         step = rows.start // len(path.context)
+        uncond, scale = self.unconditional(rollout, rows), rollout.guidance.scale
+        reference = None if rollout.ref_velocity is None else rollout.ref_velocity[rows]
+        if uncond is not None and reference is not None:
+            reference = uncond.float().lerp(reference, 1 / scale)  # the op guides it again, by the policy's v_u
         loss, metrics, _, _ = flow_grpo_loss(
             self.velocity(rollout, rows),
             path.latents[rows],
@@ -132,7 +161,9 @@ class UnderstandingForGeneration:
             sigma_max=path.sigma_max,
             kind=settings.kind,
             noise_level=settings.noise_level,
-            ref_velocity=None if rollout.ref_velocity is None else rollout.ref_velocity[rows],
+            velocity_uncond=uncond,
+            guidance_scale=scale,
+            ref_velocity=reference,
             beta=settings.beta,
             kl=settings.kl,
             clip_range=settings.clip_range,

@@ -274,6 +274,7 @@ def train_encoder(folder: Path, work: Path, steps: int = 3500) -> dict:
             layout.mask.expand(len(rows), -1),
             layout.positions.expand(-1, len(rows), -1),
             tuple(features),
+            layout.lengths * len(rows),
         )
         logits = model.lm_head(encoder.caption_states(prompt, ids, mask))
         write = F.cross_entropy(logits[mask], ids[mask])

@@ -1,0 +1,204 @@
+"""Reward against time: stage 2 of the tiny preset as it is, and as one would write it first; same loss, seeds and data.
+
+    python -m benchmarks.trainer.learning                   # two ways, three seeds, 80 s of training each: 10 minutes
+    python -m benchmarks.trainer.learning --plot            # the plot again, from the rows
+
+A run ends after so many seconds of training; held-out rewards are measured beside that clock, every ten seconds of it.
+Its row is appended to results/trainer-learning-cpu.jsonl when it ends: a command that was stopped goes on with the runs
+that are missing for this commit. Lines are means over seeds, thin lines the seeds.
+
+The naive way writes captions and draws images one at a time, starts each drawing from noise of its own, and puts every
+caption in a row of its own behind its prompt. So it differs by speed, and by the decoder's variance in its advantages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from uae_fast.config import Config
+from uae_fast.data import ImageFolder
+from uae_fast.guards import StopRequest
+from uae_fast.optim import RunningMean, build_optimizer, warm_up
+from uae_fast.rollout.captions import Captions, sample_captions
+from uae_fast.rollout.renders import draw
+from uae_fast.run import Position
+from uae_fast.seeds import derive_seed
+from uae_fast.stages import generation_for_understanding as stage2
+from uae_fast.trainer import take_step
+
+from ..rows import OURS, RESULTS, Row, append, environment, read
+from .worlds import prepare, small_world, tiny_config
+
+OP = "trainer-learning"
+FAST, NAIVE = f"{OURS}, uae-fast train", "one caption at a time, own noise, no shared prefix"
+SEEDS, SECONDS = (0, 1, 2), 80.0
+EVERY = 10.0  # seconds of training between measurements
+HELDOUT = 128
+
+
+def one_by_one(encoder: Any, prompt: Any, seeds: Sequence[int], **options: Any) -> Captions:
+    """`sample_captions`, a caption at a time."""
+    of = [i * len(prompt.ids) // len(seeds) for i in range(len(seeds))]  # the prompt of each
+    rows = [
+        sample_captions(encoder, prompt.rows(slice(row, row + 1)), [seed], **options)
+        for row, seed in zip(of, seeds, strict=True)
+    ]
+    width = max(row.ids.shape[1] for row in rows)
+    ids = [pad(row.ids, (0, width - row.ids.shape[1]), value=encoder.tokenizer.pad_token_id) for row in rows]
+    masks = [pad(row.mask, (0, width - row.mask.shape[1])) for row in rows]
+    return Captions(torch.cat(ids), torch.cat(masks), [text for row in rows for text in row.texts])
+
+
+def drawn_alone(config: Config, models: Any, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    """`draw`, a caption at a time, each from a noise of its own."""
+    alone = replace(config, render=replace(config.render, batch=1))
+    own = [derive_seed("own", seed, i) for i, seed in enumerate(seeds)]
+    return torch.cat([draw(alone, models, [text], [seed]) for text, seed in zip(captions, own, strict=True)])
+
+
+def naively() -> AbstractContextManager:
+    """Within, stage 2's rollout is the naive one."""
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(stage2, "sample_captions", one_by_one))
+    stack.enter_context(mock.patch.object(stage2, "draw", drawn_alone))
+    return stack
+
+
+@torch.no_grad()
+def heldout_reward(config: Config, models: Any, data: ImageFolder) -> float:
+    """The mean over held-out images, of the same captions' seeds and noises every time."""
+    found = []
+    for start in range(0, min(HELDOUT, len(data)), config.render.batch):
+        examples = [data[i] for i in range(start, min(start + config.render.batch, HELDOUT, len(data)))]
+        prompt = models.encoder.prompt([example.image for example in examples])
+        seeds, noise = ([derive_seed(0, name, example.id) for example in examples] for name in ("caption", "noise"))
+        captions = sample_captions(
+            models.encoder, prompt, seeds, temperature=config.caption.temperature,
+            max_new_tokens=config.caption.max_new_tokens,
+        )  # fmt: skip
+        images = draw(config, models, captions.texts, noise)
+        sources = models.reward.embed_sources([e.image for e in examples], [("heldout", e.id) for e in examples])
+        found += models.reward(images, sources).tolist()
+    return statistics.fmean(found)
+
+
+def learn(world: Path, contestant: str, seed: int, seconds: float, every: float = EVERY) -> Row:
+    """A run of one way with one seed: seconds of training and held-out rewards, and every step's own reward."""
+    naive = contestant == NAIVE
+    config = tiny_config(world, f"seed={seed}", "device=cpu", *(["stage2.shared_prefix=false"] if naive else []))
+    ready = prepare(2, config)
+    stage, heldout = ready.stage, ImageFolder(config.data.heldout, "data.heldout")
+    optimizer, mean = build_optimizer(stage.groups(), config.optimizer), RunningMean(ready.parameters, 0.0)
+    run: Any = SimpleNamespace(config=config, models=stage.models, stop=StopRequest(), position=Position())
+    curve, steps = [(0.0, heldout_reward(config, stage.models, heldout))], []
+    trained, step = 0.0, 0
+    while trained < seconds:
+        began = time.monotonic()
+        with naively() if naive else ExitStack():
+            examples = ready.data.batch(step, stage.settings.images, config.seed, stage.name)
+            warm_up(optimizer, step, config.optimizer.warmup_steps)
+            values, bad = take_step(stage, examples, step, optimizer, mean, run)
+        if bad:
+            raise SystemExit(f"{contestant}, seed {seed}, step {step}: not finite: {', '.join(bad)}")
+        trained, step = trained + time.monotonic() - began, step + 1
+        steps.append((trained, values["reward"]))
+        if trained - curve[-1][0] >= every or trained >= seconds:
+            curve.append((trained, heldout_reward(config, stage.models, heldout)))
+    return {
+        "op": OP, "contestant": contestant, "seed": seed, "budget_s": seconds, "steps": step,
+        "heldout": curve, "training": steps, "images": stage.settings.images, "group_size": stage.settings.group_size,
+    }  # fmt: skip
+
+
+def missing(rows: Sequence[Row], seeds: Sequence[int], seconds: float, commit: str | None) -> list[tuple[str, int]]:
+    """The runs that no row has yet, a seed of both ways after another."""
+    done = {(row["contestant"], row["seed"]) for row in rows if row["budget_s"] == seconds and row["commit"] == commit}
+    return [(name, seed) for seed in seeds for name in (FAST, NAIVE) if (name, seed) not in done]
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the last commit that has both ways."""
+    for row in reversed(rows):
+        same = [r for r in rows if r["commit"] == row["commit"] and r["budget_s"] == row["budget_s"]]
+        if {r["contestant"] for r in same} == {FAST, NAIVE}:
+            return same
+    return list(rows)
+
+
+def at(curve: Sequence[tuple[float, float]], seconds: float) -> float:
+    """A curve's value at a time, between its points on a straight line."""
+    for (x, y), (after, z) in pairwise(curve):
+        if seconds <= after:
+            return y + (z - y) * (seconds - x) / (after - x)
+    return curve[-1][1]
+
+
+def plot(rows: Sequence[Row], file: Path) -> None:
+    """Held-out reward against seconds of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, color in ((FAST, "C0"), (NAIVE, "C1")):
+        curves = [row["heldout"] for row in rows if row["contestant"] == name]
+        for curve in curves:
+            axis.plot(*zip(*curve, strict=True), color=color, linewidth=0.6, alpha=0.5)
+        if curves:
+            end = min(curve[-1][0] for curve in curves)
+            xs = [end * i / 40 for i in range(41)]
+            steps = statistics.median(row["steps"] for row in rows if row["contestant"] == name)
+            label = f"{name} ({len(curves)} seeds, {steps:.0f} steps)"
+            axis.plot(xs, [statistics.fmean(at(c, x) for c in curves) for x in xs], color=color, label=label)
+    axis.set_xlabel("seconds of training")
+    axis.set_ylabel("reward, held-out images")
+    axis.set_title(f"Stage 2, tiny preset, {rows[0]['device']}, {rows[0]['threads']} threads, measured", fontsize=10)
+    axis.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of training, of each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--rows", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--commit", help="hash, with -dirty behind it where it is: for a copy without .git")
+    parser.add_argument("--plot", action="store_true", help="draw what the rows have, and run nothing")
+    arguments = parser.parse_args()
+    file = arguments.rows / f"{OP}-cpu.jsonl"
+    where = environment("cpu", arguments.commit)
+    if not arguments.plot:
+        with tempfile.TemporaryDirectory() as folder:
+            world = small_world(Path(folder), scenes=512)
+            left = missing(read(file.name, arguments.rows), arguments.seeds, arguments.seconds, where["commit"])
+            for name, seed in left:
+                row = learn(world, name, seed, arguments.seconds)
+                append(file, [row | where])
+                ends = " → ".join(f"{row['heldout'][i][1]:.3f}" for i in (0, -1))
+                print(f"{name}, seed {seed}: {row['steps']} steps, held-out reward {ends}", flush=True)
+    rows = newest(read(file.name, arguments.rows))
+    if rows:
+        plot(rows, arguments.rows / "plots" / f"{OP}-cpu.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Whole steps of stages 1, 2 and 3, as `uae-fast train` takes them: seconds of each phase, images and tokens a second.
+
+Nothing is reported unless the steps are finite and, in stages 2 and 3, the first update's ratios are exactly 1.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from uae_fast.guards import StopRequest
+from uae_fast.optim import RunningMean, build_optimizer
+from uae_fast.run import Position
+from uae_fast.speed import Speed
+from uae_fast.trainer import take_step
+
+from ..kernels.harness import Contestant, Entry, WrongResults, explain, peak_and_flops
+from ..rows import OURS, Row
+from .contests import NEEDS_A_GPU, TINY, Case
+from .contests import cases as make_cases
+from .worlds import prepare
+
+OP = "trainer-steps"
+NAME = f"{OURS}, uae-fast train"
+QUICK = {
+    1: ("stage1.images=4", "stage1.micro_batch=4"),
+    2: ("stage2.images=2", "stage2.group_size=4", "stage2.micro_batch=8", "render.batch=8"),
+    3: ("stage3.images=2", "stage3.group_size=4", "stage3.micro_batch=8", "render.batch=8"),
+}
+PRESETS = {"sd35m_24gb": 24, "sd35l_24gb": 24, "sd35m_16gb": 16, "sd35l_h200": None}
+"""With the GiB of the card that each must do with."""
+
+
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    by_stage = [
+        list(make_cases(OP, stage, {False: (), True: QUICK[stage]}, dict.fromkeys(PRESETS, ()), device, quick))
+        for stage in (2, 3, 1)
+    ]
+    for of_one_preset in zip(*by_stage, strict=True):  # tiny first, then preset by preset
+        yield from of_one_preset
+
+
+def contestants(case: Case) -> list[Contestant]:
+    return [Contestant(f"{NAME}, stage {case.stage}", lambda given: given)]
+
+
+class Contest:
+    """One contestant: the trainer."""
+
+    def __init__(self, op: ModuleType, case: Case):
+        self.case, self.found = case, list[dict[str, float]]()
+        (contestant,) = op.contestants(case)
+        self.entry = Entry(contestant)
+        if case.preset != TINY and case.device != "cuda":
+            self.entry.reason = NEEDS_A_GPU
+            return
+        try:
+            self.taker = Taker(case)
+            self.taker.take()  # what is made once
+            self.entry.peak_bytes, self.entry.flops = peak_and_flops(self.taker.take, case.device)
+        except torch.OutOfMemoryError as error:
+            self.entry.reason = explain(error)
+
+    def time(self, key: str, benchmark: Any) -> str | None:
+        if self.entry.reason:
+            return self.entry.reason
+        benchmark.pedantic(
+            lambda: self.found.append(self.taker.take()), rounds=1 if self.case.quick else 3, warmup_rounds=0
+        )
+        self.entry.times += benchmark.stats.stats.data
+        return None
+
+    def rows(self, environment: Row) -> list[Row]:
+        case, entry = self.case, self.entry
+        times = [1e3 * seconds for seconds in entry.times]
+        fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+        names = sorted({name for values in self.found for name in values})
+        measured = {name: statistics.median(values[name] for values in self.found) for name in names}
+        row = {
+            "op": case.op, "variant": case.variant, "contestant": entry.contestant.name, "config": {},
+            "N": case.N, "H": None, "V": None, "B": None, "T": None, "dtype": case.precision,
+            "preset": case.preset, "stage": case.stage,
+            "median_ms": statistics.median(times) if times else None,
+            "p20_ms": fifths[0] if times else None, "p80_ms": fifths[3] if times else None,
+            "rounds": len(times), "calls": 1, "peak_bytes": entry.peak_bytes, "flops": entry.flops,
+            "peak_gb": measured.get("memory/peak_gb"), "errors": {}, "reason": entry.reason,
+            "seconds": {name[8:]: value for name, value in measured.items() if name.startswith("seconds/")},
+            **{name: measured.get(name) for name in ("images_per_second", "tokens_per_second", "mfu")},
+        }  # fmt: skip
+        return [row | environment] if times or entry.reason else []
+
+
+class Taker:
+    """Takes the steps of a stage one after another."""
+
+    def __init__(self, case: Case):
+        config = case.config()
+        limit = PRESETS.get(case.preset)
+        if case.device == "cuda":
+            whole = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / whole) if limit else 1.0)
+        self.ready = prepare(case.stage, config)
+        stage = self.ready.stage
+        self.optimizer = build_optimizer(stage.groups(), config.optimizer)
+        self.mean = RunningMean(self.ready.parameters, getattr(stage.settings, "ema_decay", 0.0))
+        self.run: Any = SimpleNamespace(
+            config=config, models=stage.models, stop=StopRequest(), position=Position(), data=self.ready.data
+        )
+        self.speed, self.step = Speed(stage, config), 0
+
+    def take(self) -> dict[str, float]:
+        """One step's metrics.
+
+        Raises:
+            WrongResults: they are not finite, or a first ratio is not 1.
+        """
+        stage, config = self.ready.stage, self.run.config
+        self.speed.start()
+        examples = self.ready.data.batch(self.step, stage.settings.images, config.seed, stage.name)
+        values, bad = take_step(stage, examples, self.step, self.optimizer, self.mean, self.run)
+        self.speed.measure(values)
+        self.step += 1
+        if bad:
+            raise WrongResults(f"{stage.name}: not finite: {', '.join(bad)}")
+        if values.get("ratio/max", 1.0) != 1.0 or values.get("ratio/mean", 1.0) != 1.0:
+            raise WrongResults(f"{stage.name}: the first update's ratio is {values['ratio/mean']}, not 1")
+        wanted = ("seconds/", "images_per", "tokens_per", "mfu", "memory/")
+        return {name: value for name, value in values.items() if name.startswith(wanted)}

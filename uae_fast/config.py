@@ -126,8 +126,9 @@ class SameSamplerConfig:
     accelerate: bool = True
     """The decoder computes by the fused ops of `uae_kernels.mmdit`; false, or with `models.offload`: by diffusers' own
     modules."""
-    attention: Literal["auto", "sdpa", "flash-attn", "xformers"] = "auto"
-    """What computes the accelerated decoder's attention; auto is torch's `scaled_dot_product_attention`."""
+    attention: Literal["auto", "sdpa", "segments", "flash-attn", "xformers"] = "auto"
+    """What computes the accelerated decoder's attention; auto is torch's `scaled_dot_product_attention`, segments is
+    `uae_kernels.segment_attention`, which joins no copies of image and text."""
     decode_batch: int = 0
     """Latents turned into images at once, a short batch padded to it; 0 is render.batch."""
 

@@ -89,7 +89,7 @@ class UnderstandingForGeneration:
             metrics={
                 **reward_metrics(rewards, size),
                 **metrics,
-                **sampler_metrics(config),
+                **sampler_metrics(config, drawn=False),
                 "completions/mean_length": captions.mask.sum(1).float().mean(),
                 "clip_range_nats": torch.tensor(settings.clip_range * trajectory.latents[0].numel()),
             },

@@ -205,7 +205,7 @@ def contestants(case: Case) -> list[Contestant]:
     """Ours first: what breaks its promise ends the contest before anything else is timed."""
 
     def own(given: SimpleNamespace, name: str | None) -> Step:
-        if name == "flash-attn":
+        if name in ("flash-attn", "segments"):
             return accelerated(transformer(case), given, name)
         return within(name, accelerated(transformer(case), given))
 
@@ -223,7 +223,8 @@ def contestants(case: Case) -> list[Contestant]:
 
     names = [*KERNELS, "flash-attn"]
     found = [Contestant(OURS, lambda given: own(given, None))]
-    found += [Contestant(OURS, on_a_gpu(partial(own, name=name)), {"attention": name}) for name in names]
+    for name in ("segments", *names):
+        found.append(Contestant(OURS, on_a_gpu(partial(own, name=name)), {"attention": name}))
     found.append(Contestant(EAGER, lambda given: loop(transformer(case), given)))
     found.append(Contestant("torch.compile of it", on_a_gpu(partial(optimised, name=None))))
     for name in names:

@@ -94,7 +94,7 @@ class UnderstandingForGeneration:
             metrics={
                 **reward_metrics(rewards, size),
                 **metrics,
-                **sampler_metrics(config),
+                **sampler_metrics(config, drawn=False),
                 "prompts/mean_length": prompt.mask.sum(1).float().mean(),
                 "completions/mean_length": captions.mask.sum(1).float().mean(),
                 "clip_range_nats": torch.tensor(settings.clip_range * trajectory.latents[0].numel()),

@@ -2,18 +2,23 @@
 
     floor = max(FLOPs / peak, bytes / bandwidth)
 
-FLOPs and bytes are counted by formulas (`kernels/predicted.py`, `uae_fast/speed.py`), peaks and bandwidths are those of
-`gpus.py`. A preset's bytes are its frozen weights, read once for each pass of a batch. Where rows were measured on the
-GPU, their time stands beside the floor.
+FLOPs and bytes are counted by formulas (`kernels/predicted.py`, `uae_fast/speed.py`); peaks and bandwidths stand in
+`gpus.py`. A step's bytes are those of the language model's and the decoder's weights, read once for each pass: of a token
+that all captions write, of a batch that is drawn at one level, of a micro-batch. Where rows were measured on the GPU,
+their time stands beside the floor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from uae_fast.cli import quiet_libraries
+from uae_fast.config import Config, load_config, preset_names
 
 from .gpus import GPUS, find
 from .kernels import predicted
@@ -49,6 +54,48 @@ def op_floors(gpu: str, rows: Iterable[Row] = ()) -> Iterator[Floor]:
             row = found.get(key)
             size = ", ".join(f"{name} {value:,}" for name, value in case.sizes().items() if value is not None)
             yield floor(f"{case.op}, {case.variant}", f"{size}, {case.precision}", need, gpu, row and row["median_ms"])
+
+
+def step_floors(gpu: str, preset: str, rows: Iterable[Row] = ()) -> Iterator[Floor]:
+    """Of a step of each stage of a preset, with captions as long as they may be; counted on models without memory."""
+    from uae_fast.models.memory import Predictor
+    from uae_fast.speed import Sizes, image_tokens, step_flops
+
+    config = load_config(preset)
+    predictor = Predictor(config)
+    sizes, image = Sizes.of(predictor.models), image_tokens(predictor.models, config.data.resolution)
+    found = {(row["preset"], row["stage"]): row["median_ms"] for row in newest(rows) if in_steps(row, gpu)}
+    encoder, decoder = predictor.weight_bytes("encoder"), predictor.weight_bytes("decoder")
+    for number in config.stages:
+        settings = getattr(config, f"stage{number}")
+        longest = config.caption.max_new_tokens
+        lengths = {"prompts/mean_length": predictor.prompt_length, "completions/mean_length": longest}
+        starts = (settings.window_end - settings.window) / 2 if number == 3 else 0
+        flops = step_flops(number, config, sizes, image, lengths | {"window_start": starts})
+        read, drawn = passes(config, number)
+        need = Need(int(flops), read * encoder + drawn * decoder)
+        samples = settings.images * getattr(settings, "group_size", 1)
+        size = f"{samples} samples, {config.data.resolution}²"
+        yield floor(f"{preset}, stage {number}", size, need, gpu, found.get((preset, number)))
+
+
+def passes(config: Config, number: int) -> tuple[int, int]:
+    """How often a stage's step reads the weights of encoder and decoder, at least."""
+    settings: Any = getattr(config, f"stage{number}")
+    micro = settings.images * getattr(settings, "group_size", 1) // settings.micro_batch
+    if number == 0:
+        return 1, micro
+    if number == 1:
+        return micro, micro * settings.sampler_steps
+    written = config.caption.max_new_tokens + 2  # prompts, tokens, and the captions read again
+    if number == 2:
+        drawn = -(-settings.images * settings.group_size // config.render.batch) * config.render.steps
+        return written + micro * (1 + settings.updates), drawn
+    return written, config.render.steps + micro * settings.window * settings.updates
+
+
+def in_steps(row: Row, gpu: str) -> bool:
+    return row["op"] == "trainer-steps" and gpu in row["device"] and row["median_ms"] is not None
 
 
 def is_measured(row: Row, gpu: str) -> bool:
@@ -98,3 +145,6 @@ def show(name: str, presets: list[str]) -> None:
     )
     rows = [row for row in read("*-gpu.jsonl") if "median_ms" in row]
     console.print(table("ops", op_floors(gpu, rows)))
+    quiet_libraries()
+    for preset in presets or [preset for preset in preset_names() if preset != "tiny"]:
+        console.print(table(f"a step of {preset}", step_floors(gpu, preset, rows)))

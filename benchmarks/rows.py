@@ -90,12 +90,12 @@ def verdict(ours: Row, rival: Row) -> str:
 
 def verdicts(rows: Iterable[Row]) -> dict[tuple, str]:
     """Of one run's rows: ours against each rival in its fastest configuration, by (case, rival)."""
-    best = newest(rows)
-    own = {case_of(row): row for row in best if row["contestant"] == OURS and row["median_ms"] is not None}
+    timed = [row for row in newest(rows) if row["median_ms"] is not None]
+    own = {case_of(row): row for row in reversed(timed) if is_ours(row)}  # the first of ours, what `auto` runs
     return {
         (case_of(row), row["contestant"]): verdict(own[case_of(row)], row)
-        for row in best
-        if not is_ours(row) and row["median_ms"] is not None and case_of(row) in own
+        for row in timed
+        if not is_ours(row) and case_of(row) in own
     }
 
 

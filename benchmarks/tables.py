@@ -25,6 +25,7 @@ from .sampler import counted, denoise
 
 PLACES = ("README.md", "benchmarks/README.md", "docs/samplers.md")
 FILES = [ROOT / place for place in PLACES]
+TRAINER = ("trainer-steps", "trainer-stage2", "trainer-stage3")
 MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -54,8 +55,8 @@ def guesses(rows: list[Row], op: str) -> list[Row]:
         return row["variant"], row["dtype"], row["N"], row["contestant"]
 
     known = {key(row) for row in rows}
-    module = next(module for module in OPS if module.__name__.endswith(f".{op}"))
-    predictions = [row for case in module.cases("cuda", False) for row in predicted.rows(case)]
+    modules = [module for module in OPS if module.__name__.endswith(f".{op}")]
+    predictions = [row for module in modules for case in module.cases("cuda", False) for row in predicted.rows(case)]
     return [row for row in predictions if key(row) not in known]
 
 
@@ -243,9 +244,9 @@ def _beside(kind: str, rows: list[Row]) -> str:
     lines, used = [], []
     ops: dict[str, list[tuple[float, str, str]]] = defaultdict(list)
     for found in best.values():
-        own = next((row for row in found if row["contestant"] == OURS), None)
+        own = next(row for row in found if is_ours(row))  # `newest` has no runs without
         rivals = sorted((row for row in found if not is_ours(row)), key=lambda row: row["median_ms"])
-        if own is None or not rivals:
+        if not rivals:
             continue
         rival, case = rivals[0], f"{own['op']}, {own['variant']}, {own['dtype']}, N {own['N']:,}"
         says, ratio = verdict(own, rival), rival["median_ms"] / own["median_ms"]
@@ -327,11 +328,11 @@ def table(name: str) -> str:
         return memory()
     if name == resources.NAME:
         return resources.table(read(f"{resources.NAME}.jsonl"))
-    known = [module.__name__.rsplit(".", 1)[1] for module in OPS]
-    parts = name.split("-")
-    if not 2 <= len(parts) <= 4 or parts[0] not in known or parts[1] not in ("cpu", "gpu"):
+    known = [*(module.__name__.rsplit(".", 1)[1] for module in OPS), *TRAINER]
+    found = re.fullmatch(rf"({'|'.join(known)})-(cpu|gpu)(?:-([^-]+))?(?:-([^-]+))?", name)
+    if not found:
         raise SystemExit(f"no table is called {name!r}: OP-cpu or OP-gpu, with -VARIANT or -VARIANT-DTYPE; OP {known}")
-    return speed(*parts)
+    return speed(*found.groups())
 
 
 def main(files: list[Path]) -> None:

@@ -17,6 +17,8 @@ from benchmarks.kernels.harness import Case, peak_and_flops
 from benchmarks.kernels.predicted import Need, floor_ms, need
 from benchmarks.kernels.test_speed import OPS
 from benchmarks.rows import OURS
+from uae_fast.config import load_config
+from uae_fast.speed import PEAKS
 
 SMALL = {"N": 64, "H": 32, "V": 256}
 HEADS = ("frozen", "forward", "entropy", "trainable")
@@ -164,6 +166,32 @@ def test_a_measured_time_stands_beside_its_floor():
     (measured,) = (item for item in found.values() if item.measured is not None)
     assert measured.measured == 5.0 and measured.name == "linear_logprobs, frozen" and "N 2,400" in measured.size
     assert measured.milliseconds == pytest.approx(1e3 * 4 * 2400 * 2048 * 151_936 / 989.5e12)
+
+
+def test_a_preset_s_steps():
+    rows = [
+        {"op": "trainer-steps", "variant": "tiny", "dtype": "float32", "contestant": f"{OURS}, stage 2", "config": {}}
+        | {"preset": "tiny", "stage": 2, "device": "NVIDIA H200", "median_ms": 7.0, "date": "1", "N": 64}
+    ]
+    found = {item.name: item for item in roofline.step_floors("H200", "tiny", rows)}
+    assert [name[-1] for name in found] == ["1", "2", "3"]
+    assert found["tiny, stage 2"].measured == 7.0 and found["tiny, stage 3"].measured is None
+    fewer = {item.name: item for item in roofline.step_floors("A100", "tiny")}
+    for name, item in found.items():
+        assert item.need == fewer[name].need and item.milliseconds < fewer[name].milliseconds
+
+
+def test_passes_by_hand():
+    changed = ["stage2.micro_batch=16", "render.batch=10", "render.steps=8", "caption.max_new_tokens=20"]
+    config = load_config("tiny", changed)
+    # 64 captions: prompts, 20 tokens, re-reading, 4 micro-batches forward and backward; 7 batches at 8 levels
+    assert roofline.passes(config, 2) == (22 + 8, 56)
+    assert roofline.passes(config, 1) == (1, 8)
+
+
+def test_peaks_are_those_of_the_trainers_share():
+    for name, gpu in GPUS.items():
+        assert gpu.bf16 == pytest.approx(PEAKS[name], rel=0.005)
 
 
 def test_every_case_has_a_floor():

@@ -39,7 +39,18 @@ def test_help_answers_at_once_and_lists_every_command():
     start = time.monotonic()
     done = shell("--help")
     assert done.returncode == 0 and time.monotonic() - start < 10  # a hung import, not a benchmark
-    for command in ("train", "check", "configs", "caption", "reconstruct", "generate", "report", "env", "tiny"):
+    for command in (
+        "train",
+        "check",
+        "configs",
+        "caption",
+        "reconstruct",
+        "generate",
+        "bench",
+        "report",
+        "env",
+        "tiny",
+    ):
         assert f"\n    {command}" in done.stdout
 
 

@@ -152,6 +152,14 @@ def test_the_standard_samplers(small, tmp_path, capsys):
     assert rows["bfloat16"]["kind"] == gates.SAME and rows["bfloat16"]["misses"] == []
     assert rows["bfloat16"]["mse"] > 100 * floor["mse"]  # its decoder is really in bf16
     assert rows["bfloat16, same_sampler.accelerate=false"]["against"] == "bfloat16"
+    half = rows["guided_part 0.5"]
+    assert half["against"] == "guidance 1.5"
+    # Of two passes at each of three steps the unconditional one of the last is left out; the VAE stays
+    assert 1.15 < half["speed"] < 6 / 5
+    assert 1.35 < rows["steps 2"]["speed"] < 3 / 2
+    assert rows["reuse [2]"]["speed"] == rows["steps 2"]["speed"]
+    cheaper = [row for row in result["rows"] if row["kind"] == gates.CHEAPER]
+    assert [row["value"] for row in cheaper] == sorted((row["value"] for row in cheaper), reverse=True)
     output = capsys.readouterr().out
     assert "passed" in output and "Measured on cpu" in output
 

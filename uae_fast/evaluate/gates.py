@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 FLOOR, SAME, CHEAPER = "noise floor", "same_sampler", "cheaper_sampler"
 GATES: dict[str, dict[str, float]] = {FLOOR: {}, SAME: {"spearman": 0.97, "cosine": 0.98}, CHEAPER: {"spearman": 0.90}}
+GUIDANCE = 1.5  # of a configuration without any, for the sampler that guides the first half of the steps alone
 Configure = Callable[..., Config]  # a configuration with more overrides, "key=value" each
 
 
@@ -194,6 +195,20 @@ def standard(configure: Configure, reference: Config, floor: Sequence[str]) -> l
         coarse = configure(*half)
         found += [Variant(f"bfloat16, {other}", FLOOR, configure(*half, other), coarse, "bfloat16") for other in floor]
         found.append(Variant("bfloat16", SAME, coarse, reference))
+    steps = reference.render.steps
+    guided, against = reference, "the reference"
+    if reference.render.guidance_scale == 1:
+        guided, against = configure(f"render.guidance_scale={GUIDANCE}"), f"guidance {GUIDANCE}"
+    scale = f"render.guidance_scale={guided.render.guidance_scale}"
+    half_guided = configure(scale, "cheaper_sampler.guided_part=0.5")
+    found.append(Variant("guided_part 0.5", CHEAPER, half_guided, guided, against))
+    for fewer in dict.fromkeys((steps * 3 // 4, steps // 2)):
+        if 2 <= fewer < steps:
+            found.append(Variant(f"steps {fewer}", CHEAPER, configure(f"cheaper_sampler.steps={fewer}"), reference))
+    reuse = list(range(2, steps, 2))
+    if reuse:
+        every = configure(f"cheaper_sampler.reuse={reuse}")
+        found.append(Variant(f"reuse {reuse}", CHEAPER, every, reference))
     tiny = configure("cheaper_sampler.vae=tiny")
     if can_load(tiny):
         found.append(Variant("vae tiny", CHEAPER, tiny, reference))
@@ -283,7 +298,7 @@ def drawing_flops(config: Config) -> int:
     predictor = Predictor(config)
     size = config.stage2.group_size
     rows = math.lcm(config.render.batch, size)
-    captions, seeds = [WORD] * rows, [i // size for i in range(rows)]
+    captions, seeds = [f"{WORD} {i % size}" for i in range(rows)], [i // size for i in range(rows)]
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # not among the counter's own
     attention = {operator: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
     totals = []
@@ -322,7 +337,7 @@ def compare(configure: Configure, count: int) -> dict[str, Any]:
     rows = []
     for variant in found:
         pair: list[Drawn] = []
-        for config, name in ((variant.reference, "reference"), (variant.config, variant.name)):
+        for config, name in ((variant.reference, variant.against), (variant.config, variant.name)):
             key = json.dumps(asdict(config), sort_keys=True)
             if key not in drawn:
                 if config is not loaded:
@@ -431,7 +446,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
     names = [f"{row['variant']}\n{row['kind']}" for row in rows]
     places = list(range(len(rows)))
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9, 0.5 * len(rows) + 1.4), sharey=True, width_ratios=(3, 2), layout="constrained"
+        1, 2, figsize=(10, 0.45 * len(rows) + 1.4), sharey=True, width_ratios=(3, 2), layout="constrained"
     )
     for measure, colour, shift in (("spearman", "#D55E00", 0.12), ("cosine", "#0072B2", -0.12)):
         label = "Spearman's ρ" if measure == "spearman" else "cosine of advantages"
@@ -445,14 +460,14 @@ def plot(result: dict[str, Any], file: Path) -> None:
             if least is not None:
                 left.plot([least] * 2, [place + shift - 0.12, place + shift + 0.12], color=colour, linewidth=2)
     left.set_yticks(places, names, fontsize=8)
-    left.set(xlabel="agreement with the reference (± 2 s.e.); strokes are gates", ylim=(-0.6, len(rows) - 0.4))
-    left.legend(loc="lower left", fontsize=8, frameon=False)
+    left.set(xlabel="agreement, ± 2 s.e.; strokes are gates", ylim=(-0.6, len(rows) - 0.4))
+    figure.legend(loc="outside upper right", ncols=2, fontsize=8, frameon=False)
     right.errorbar(
         [10 * (row["length_slope"] or 0) for row in rows], places,
         xerr=[20 * (row["length_slope_stderr"] or 0) for row in rows], fmt="o", color="#000000", markersize=5,
     )  # fmt: skip
     right.axvline(0, color="#7F7F7F", linewidth=1)
-    right.set(xlabel="Δ reward per 10 tokens of caption (± 2 s.e.)")
+    right.set(xlabel="Δ reward per 10 tokens, ± 2 s.e.")
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)

@@ -3,9 +3,9 @@
     floor = max(FLOPs / peak, bytes / bandwidth)
 
 FLOPs and bytes are counted by formulas (`kernels/predicted.py`, `uae_fast/speed.py`); peaks and bandwidths stand in
-`gpus.py`. A step's bytes are those of the language model's and the decoder's weights, read once for each pass: of a token
-that all captions write, of a batch that is drawn at one level, of a micro-batch. Where rows were measured on the GPU,
-their time stands beside the floor.
+`gpus.py`. Bytes of a step are those of the language model's and the decoder's weights, read once for each pass: of a
+token that all captions write, of a batch that is drawn at one level, of a micro-batch. Where rows were measured on the
+GPU, their time stands beside the floor.
 """
 
 from __future__ import annotations

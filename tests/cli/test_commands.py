@@ -39,18 +39,8 @@ def test_help_answers_at_once_and_lists_every_command():
     start = time.monotonic()
     done = shell("--help")
     assert done.returncode == 0 and time.monotonic() - start < 10  # a hung import, not a benchmark
-    for command in (
-        "train",
-        "check",
-        "configs",
-        "caption",
-        "reconstruct",
-        "generate",
-        "bench",
-        "report",
-        "env",
-        "tiny",
-    ):
+    commands = ("train", "check", "configs", "caption", "reconstruct", "generate", "bench", "report", "env", "tiny")
+    for command in commands:
         assert f"\n    {command}" in done.stdout
 
 

@@ -5,6 +5,7 @@ STAMP := $(VENV)/.installed
 SEED ?= 0
 ROUNDS ?= 30
 RUN ?= runs/tiny
+BUDGET ?= 10m
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 SANITIZER ?= compute-sanitizer
 
@@ -16,7 +17,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make gpu-check    run every kernel's tests compiled, on a GPU"
 	@echo "make sanitize    the kernels under NVIDIA's compute-sanitizer, on a GPU"
-	@echo "make bench   the kernels and, on a GPU, SD3.5's sampler beside their rivals; QUICK=1 answers within a minute"
+	@echo "make bench   kernels, trainer and, on a GPU, SD3.5's sampler beside their rivals, in 10 minutes (BUDGET=10m); QUICK=1 answers within a minute or two, AGAIN=1 measures again"
 	@echo "make fuzz    random inputs for the kernels, 2,000 a test"
 	@echo "make mutants    plant faults in the kernels; the tests must find each"
 	@echo "make crash   kill a small run again and again; it must end in the same weights (ROUNDS=30)"
@@ -64,8 +65,7 @@ fuzz: $(STAMP)
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k fuzz --hypothesis-profile=fuzz
 
 bench: $(STAMP)
-	@$(BIN)/python -m pytest benchmarks/kernels benchmarks/sampler $(if $(QUICK),--quick)
-	@$(if $(QUICK),,$(BIN)/python -m benchmarks.sampler.counted > /dev/null && $(BIN)/python -m benchmarks.kernels.report > /dev/null && $(BIN)/python -m benchmarks.tables)
+	@$(BIN)/uae-fast bench --budget $(BUDGET) $(if $(QUICK),--quick) $(if $(AGAIN),--again)
 
 mutants: $(STAMP)
 	@$(BIN)/python tests/kernels/mutants.py

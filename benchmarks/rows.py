@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "uae-kernels"  # what the names of our implementations begin with
 PACKAGES = ("torch", "triton", "trl", "liger-kernel")
-CASE = ("op", "variant", "device", "dtype", "N", "H", "V", "B", "T")
+SIZES = ("N", "H", "V", "B", "T", "G")
+CASE = ("op", "variant", "device", "dtype", *SIZES)
+NEAR = 0.05  # medians so near to each other are called equal
 
 Row = dict[str, Any]
 
@@ -59,7 +61,7 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     """Of each case the newest run that timed our op, and of each contestant there its fastest configuration."""
     runs: dict[tuple, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        runs[tuple(row[key] for key in CASE)][row["date"]].append(row)
+        runs[case_of(row)][row["date"]].append(row)
     chosen = []
     for dates in runs.values():
         timed = [date for date, run in dates.items() if any(is_ours(r) and r["median_ms"] is not None for r in run)]
@@ -70,6 +72,31 @@ def newest(rows: Iterable[Row]) -> list[Row]:
                 best[row["contestant"]] = row
         chosen += best.values()
     return chosen
+
+
+def case_of(row: Row) -> tuple:
+    """The case a row is of; a size that it does not name is one its op does not have."""
+    return tuple(row.get(key) for key in CASE)
+
+
+def verdict(ours: Row, rival: Row) -> str:
+    """What ours is: "faster", "slower" or "equal", with medians within 5 % or overlapping middle three fifths."""
+    if abs(ours["median_ms"] / rival["median_ms"] - 1) <= NEAR:
+        return "equal"
+    if ours["p80_ms"] < rival["p20_ms"]:
+        return "faster"
+    return "slower" if ours["p20_ms"] > rival["p80_ms"] else "equal"
+
+
+def verdicts(rows: Iterable[Row]) -> dict[tuple, str]:
+    """Of one run's rows: ours against each rival in its fastest configuration, by (case, rival)."""
+    timed = [row for row in newest(rows) if row["median_ms"] is not None]
+    own = {case_of(row): row for row in reversed(timed) if is_ours(row)}  # the first of ours, what `auto` runs
+    return {
+        (case_of(row), row["contestant"]): verdict(own[case_of(row)], row)
+        for row in timed
+        if not is_ours(row) and case_of(row) in own
+    }
 
 
 def label(row: Row) -> str:

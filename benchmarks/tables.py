@@ -1,14 +1,15 @@
 """Markdown tables from the rows, written where a file has `<!-- table:NAME -->` … `<!-- /table -->`.
 
-    python -m benchmarks.tables [FILE…]      # README.md, kernels/README.md, benchmarks/README.md
+    python -m benchmarks.tables [FILE…]      # all that have tables
 
 NAME is OP-KIND, OP-KIND-VARIANT or OP-KIND-VARIANT-DTYPE (linear_logprobs-gpu-frozen), `memory`, `resources`,
-`sampler-counted` or `sampler-gpu`. In an op's table for a GPU, times that have not been measured are predicted for an
-H200, and marked ≈.
+`sampler-counted`, `sampler-gpu`, `scaling-cpu`, `gate-CONFIG` or `performance`, which is README's section. In an op's
+table for a GPU, times that have not been measured are predicted for an H200, and marked ≈.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections import defaultdict
@@ -16,11 +17,15 @@ from pathlib import Path
 
 from .kernels import predicted, resources
 from .kernels.memory import NAME as MEMORY
+from .kernels.report import exponents
+from .kernels.scaling import OP as SCALING
 from .kernels.test_speed import OPS
-from .rows import OURS, ROOT, Row, is_ours, label, newest, read
+from .rows import OURS, RESULTS, ROOT, Row, case_of, is_ours, label, newest, read, verdict
 from .sampler import counted, denoise
 
-FILES = [ROOT / "README.md", ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "README.md"]
+PLACES = ("README.md", "benchmarks/README.md", "docs/samplers.md")
+FILES = [ROOT / place for place in PLACES]
+TRAINER = ("trainer-steps", "trainer-stage2", "trainer-stage3")
 MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -50,8 +55,8 @@ def guesses(rows: list[Row], op: str) -> list[Row]:
         return row["variant"], row["dtype"], row["N"], row["contestant"]
 
     known = {key(row) for row in rows}
-    module = next(module for module in OPS if module.__name__.endswith(f".{op}"))
-    predictions = [row for case in module.cases("cuda", False) for row in predicted.rows(case)]
+    modules = [module for module in OPS if module.__name__.endswith(f".{op}")]
+    predictions = [row for module in modules for case in module.cases("cuda", False) for row in predicted.rows(case)]
     return [row for row in predictions if key(row) not in known]
 
 
@@ -197,7 +202,124 @@ def _sampler_part(device: str, kind: str, variant: str, rows: list[Row]) -> str:
     return "\n\n".join([markdown(header, lines), *_notes(rows, absent)])
 
 
+def growth() -> str:
+    """A line for each op and size that grows: our exponents and its rivals'."""
+    rows = read(f"{SCALING}-cpu.jsonl")
+    found = exponents(rows)
+    if not found:
+        return "Not measured yet."
+    lines = [
+        [f"**{cell}**" if item.contestant == OURS else cell for cell in cells]
+        for item in found
+        if (cells := [f"{item.variant}: {item.contestant}", item.time.text(), item.memory.text()])
+    ]
+    used = [row for item in found for row in item.rows]
+    note = f"p of time and peak memory ∝ size^p, fitted over four sizes. Measured: {provenance(used)}."
+    return f"{markdown(['op against size', 'time', 'memory'], lines)}\n\n{note}"
+
+
+def gates(config: str) -> str:
+    """The comparison of samplers in `results/gate-CONFIG.json`."""
+    file = RESULTS / f"gate-{config}.json"
+    if not file.is_file():
+        return "Not measured yet."
+    from uae_fast.evaluate.gates import HEADER, cells, notes
+
+    result = json.loads(file.read_text())
+    return "\n\n".join([markdown(list(HEADER), [cells(row) for row in result["rows"]]), *notes(result)])
+
+
+def performance() -> str:
+    """README's section: ours beside the fastest rival of each case, then what is not faster, then predictions."""
+    rows = [row for row in read() if "median_ms" in row and row["op"] not in (SCALING, denoise.OP)]
+    parts = [_beside(kind, [row for row in rows if row["kind"] == kind]) for kind in ("gpu", "cpu")]
+    return "\n\n".join([part for part in parts if part] + _predictions({row["device"] for row in rows}))
+
+
+def _beside(kind: str, rows: list[Row]) -> str:
+    best = defaultdict(list)
+    for row in newest(rows):
+        if row["median_ms"] is not None:
+            best[case_of(row)].append(row)
+    lines, used = [], []
+    ops: dict[str, list[tuple[float, str, str]]] = defaultdict(list)
+    for found in best.values():
+        own = next(row for row in found if is_ours(row))  # `newest` has no runs without
+        rivals = sorted((row for row in found if not is_ours(row)), key=lambda row: row["median_ms"])
+        if not rivals:
+            continue
+        rival, case = rivals[0], f"{own['op']}, {own['variant']}, {own['dtype']}, N {own['N']:,}"
+        says, ratio = verdict(own, rival), rival["median_ms"] / own["median_ms"]
+        cells = [case, f"{own['median_ms']:.3g}", f"{rival['median_ms']:.3g} ({label(rival)})", f"{says}, {ratio:.2f}×"]
+        cells.append(" / ".join(_megabytes(row["peak_bytes"]) for row in (own, rival)))
+        lines.append([f"**{cell}**" if says == "faster" else cell for cell in cells])
+        used += found
+        ops[own["op"]].append((ratio, label(rival), says))
+    if not lines:
+        return ""
+    header = ["op and case", "uae-kernels, ms", "fastest rival, ms", "we are", "peak MB, ours / its"]
+    where = "a GPU" if kind == "gpu" else "a CPU"
+    notes = [f"Measured on {where}: {provenance(used)}. Equal: medians within 5 %, or overlapping p20–p80."]
+    slower = []
+    for op, cases in ops.items():
+        lost = sorted(case for case in cases if case[2] == "slower")
+        if lost:
+            ratio, rival, _ = lost[0]
+            slower.append(
+                f"{op} in {len(lost)} of {len(cases)} cases ({rival} takes as little as {ratio:.2f}× our time)"
+            )
+    if slower:
+        notes.append(f"Not faster on {where}: {'; '.join(slower)}.")
+    return "\n\n".join([markdown(header, lines), *notes, *_errors(used)])
+
+
+def _errors(rows: list[Row]) -> list[str]:
+    """What bf16 costs: the largest error of a head's log-probs, ours and of rivals that are faster."""
+    half = [r for r in rows if r["op"] == "linear_logprobs" and r["dtype"] == "bfloat16" and "logprobs" in r["errors"]]
+    ours = [row for row in half if row["contestant"] == OURS]
+    if not ours:
+        return []
+    own, theirs = (max(row["errors"]["logprobs"] for row in some) for some in (ours, half))
+    return [
+        f"In bf16 rivals form logits in half precision, by the units a machine has for it: their log-probs are off by "
+        f"up to {theirs:.0e}. Ours are summed in fp32: off by up to {own:.0e}."
+    ]
+
+
+def _megabytes(size: int | None) -> str:
+    return "–" if size is None else f"{size / 1e6:,.1f}"
+
+
+def _predictions(devices: set[str]) -> list[str]:
+    if any("H200" in device for device in devices):
+        return []
+    lines = []
+    for module in OPS:
+        cases = [case for case in module.cases("cuda", False) if (case.op, case.variant) in predicted.COSTS]
+        for case in cases:
+            if min(other.N for other in cases if other.variant == case.variant) != case.N:
+                continue
+            found = {row["contestant"]: row["median_ms"] for row in predicted.rows(case)}
+            ours = found[OURS]
+            rival, name = min((ms, name) for name, ms in found.items() if not name.startswith(OURS))
+            lines.append([
+                f"{case.op}, {case.variant}, {case.precision}, N {case.N:,}",
+                f"≈ {ours:.3g}", f"≈ {rival:.3g} ({name})", f"≈ {rival / ours:.2f}×",
+            ])  # fmt: skip
+    note = (
+        "≈ Predicted for an H200, not measured: arithmetic on products and bytes (benchmarks/README.md). Our Triton "
+        "products are taken to be as fast as the library's, which is the best they can hope for."
+    )
+    return [markdown(["op and case", "uae-kernels, ms", "fastest rival, ms", "ratio"], lines), note]
+
+
 def table(name: str) -> str:
+    if name == "performance":
+        return performance()
+    if name == f"{SCALING}-cpu":
+        return growth()
+    if name.startswith("gate-"):
+        return gates(name.removeprefix("gate-"))
     if name == counted.NAME:
         return sampler_counts()
     if name == f"{denoise.OP}-gpu":
@@ -206,11 +328,11 @@ def table(name: str) -> str:
         return memory()
     if name == resources.NAME:
         return resources.table(read(f"{resources.NAME}.jsonl"))
-    known = [module.__name__.rsplit(".", 1)[1] for module in OPS]
-    parts = name.split("-")
-    if not 2 <= len(parts) <= 4 or parts[0] not in known or parts[1] not in ("cpu", "gpu"):
+    known = [*(module.__name__.rsplit(".", 1)[1] for module in OPS), *TRAINER]
+    found = re.fullmatch(rf"({'|'.join(known)})-(cpu|gpu)(?:-([^-]+))?(?:-([^-]+))?", name)
+    if not found:
         raise SystemExit(f"no table is called {name!r}: OP-cpu or OP-gpu, with -VARIANT or -VARIANT-DTYPE; OP {known}")
-    return speed(*parts)
+    return speed(*found.groups())
 
 
 def main(files: list[Path]) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config import Config
     from .models import Models
 
+SUITES = ("all", "kernels", "sampler", "trainer")
 MOMENTS = ("before", "stage0", "stage1", "stage2", "stage3")
 FAILURE, USER_MISTAKE, STOPPED = 1, 2, 130
 
@@ -119,6 +120,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="compare these files instead of drawing: of the sources' names, perhaps after recon_",
     )
     evaluate.add_argument("--out", type=Path, default=Path("unified-bench"), help="a new folder; default: %(default)s")
+    bench = command("bench", run_bench, "time us and our rivals, predict floors, or compare samplers by their rewards")
+    bench.add_argument("suite", nargs="?", choices=SUITES, default="all", help=f"one of {', '.join(SUITES)}")
+    bench.add_argument("config", nargs="?", metavar="CONFIG", help=f"with --gate: {config_help}")
+    bench.add_argument("overrides", nargs="*", metavar="key=value")
+    bench.add_argument("--quick", action="store_true", help="small cases, within a minute; writes no rows")
+    bench.add_argument("--budget", metavar="TIME", help="begin nothing that would end later: 10m, 90s, 1h")
+    bench.add_argument("--again", action="store_true", help="measure what has rows of this commit and device, too")
+    bench.add_argument("--preset", action="append", default=[], metavar="NAME", help="only this one's cases or steps")
+    bench.add_argument("--predict", metavar="GPU", help="print predicted floors: H200, H100, A100, RTX 4090, RTX 5090")
+    bench.add_argument(
+        "--gate", nargs="*", metavar="key=value",
+        help="draw captions of held-out images with CONFIG's sampler and with the reference; status 1 if the rewards "
+        "agree less than allowed. Where CONFIG has the reference itself: the standard samplers, side by side",
+    )  # fmt: skip
+    bench.add_argument("--images", type=int, default=64, help="held-out images of --gate (default: %(default)s)")
+    bench.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="rows and plots; default: benchmarks/results, of --gate bench"
+    )
 
     report = command("report", run_report, "write a run's report.html")
     report.add_argument("run", type=Path, metavar="RUN")
@@ -341,6 +360,48 @@ def run_import_uae(arguments: argparse.Namespace) -> int:
         print(note)
     print(f"wrote {arguments.out}; caption with it: uae-fast caption IMAGE --run {arguments.out}")
     return 0
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    if arguments.gate is not None:
+        return run_gate(arguments)
+    import subprocess
+
+    from .config import ConfigError
+
+    checkout = Path(__file__).parents[1]
+    if arguments.config or arguments.overrides:
+        raise ConfigError([f"bench: {arguments.config} is for --gate; what is timed is one of {', '.join(SUITES)}"])
+    if not (checkout / "benchmarks" / "run.py").is_file():
+        missing = f"bench: the suites are part of a source checkout, and {checkout} is none"
+        raise ConfigError([f"{missing}: get the repository of uae-fast, and call make bench there (--gate works here)"])
+    command = [sys.executable, "-m", "benchmarks.run", arguments.suite]
+    for name in ("budget", "predict"):
+        if value := getattr(arguments, name):
+            command += [f"--{name}", value]
+    for name in ("quick", "again"):
+        command += [f"--{name}"] * getattr(arguments, name)
+    for preset in arguments.preset:
+        command += ["--preset", preset]
+    if arguments.out is not None:
+        command += ["--out", str(arguments.out.resolve())]
+    return subprocess.run(command, cwd=checkout).returncode
+
+
+def run_gate(arguments: argparse.Namespace) -> int:
+    from .config import ConfigError, load_config
+
+    if arguments.suite not in ("all", "sampler") or arguments.config is None:
+        raise ConfigError(["bench: --gate compares the samplers of a configuration: bench sampler CONFIG --gate"])
+    overrides = [*arguments.overrides, *arguments.gate]
+    load_config(arguments.config, overrides)  # its mistakes, before anything heavy is imported
+    quiet_libraries()
+    from .evaluate.gates import gate
+
+    def configure(*more: str) -> Config:
+        return load_config(arguments.config, [*overrides, *more])
+
+    return gate(configure, arguments.config, arguments.out or Path("bench"), arguments.images)
 
 
 def run_report(arguments: argparse.Namespace) -> int:

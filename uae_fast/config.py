@@ -129,18 +129,28 @@ class SameSamplerConfig:
     accelerate: bool = True
     """The decoder computes by the fused ops of `uae_kernels.mmdit`; false, or with `models.offload`: by diffusers' own
     modules."""
-    attention: Literal["auto", "sdpa", "flash-attn", "xformers"] = "auto"
-    """What computes the accelerated decoder's attention; auto is torch's `scaled_dot_product_attention`."""
+    attention: Literal["auto", "sdpa", "segments", "flash-attn", "xformers"] = "auto"
+    """What computes the accelerated decoder's attention; auto is torch's `scaled_dot_product_attention`, segments is
+    `uae_kernels.segment_attention`, which joins no copies of image and text."""
     decode_batch: int = 0
     """Latents turned into images at once, a short batch padded to it; 0 is render.batch."""
 
 
 @dataclass
 class CheaperSamplerConfig:
-    """Other images for less: another reward, named in metrics.jsonl and summary.json."""
+    """Other images for less: another reward, named in metrics.jsonl and summary.json.
+
+    All but `vae` are for stage 2's rewards, evaluation and the commands; stages 1 and 3 train on full paths."""
 
     vae: Literal["full", "tiny"] = "full"
     """tiny: an AutoencoderTiny in decoder/vae_tiny turns latents into images."""
+    guided_part: float = 1.0
+    """Share of the steps, from the first, on which guidance runs; the others leave the unconditional pass out."""
+    steps: int = 0
+    """Euler steps instead of `render.steps`; 0: as many."""
+    reuse: list[int] = field(default_factory=list)
+    """Steps, numbered from 0 and ascending, that take the velocity of the step before once more instead of a forward
+    pass; never 0."""
 
 
 @dataclass
@@ -327,14 +337,18 @@ def accelerated(config: Config) -> bool:
     return config.same_sampler.accelerate and not config.models.offload
 
 
-def cheaper(config: Config) -> dict[str, str]:
-    """The settings that make the sampler a cheaper one, key and value; none where it is the full one."""
-    default = CheaperSamplerConfig()
-    return {
-        item.name: str(getattr(config.cheaper_sampler, item.name))
-        for item in fields(default)
-        if getattr(config.cheaper_sampler, item.name) != getattr(default, item.name)
-    }
+def cheaper(config: Config, *, drawn: bool = True) -> dict[str, str]:
+    """The settings that make the sampler a cheaper one, key and value (of a list "1_3"); none where it is the full one.
+
+    Args:
+        drawn: of what `rollout.renders.draw` draws; else of the paths of stages 1 and 3, whose only one is the VAE.
+    """
+    default, found = CheaperSamplerConfig(), {}
+    for item in fields(default):
+        value = getattr(config.cheaper_sampler, item.name)
+        if value != getattr(default, item.name) and (drawn or item.name == "vae"):
+            found[item.name] = "_".join(map(str, value)) if isinstance(value, list) else str(value)
+    return found
 
 
 def leaves(cls: type = Config, prefix: str = "") -> dict[str, Any]:
@@ -607,6 +621,24 @@ def invariants(config: Config) -> list[tuple[str, str]]:
         "same_sampler.attention",
         "chooses for the accelerated decoder alone; "
         + ("models.offload is true" if c.models.offload else "same_sampler.accelerate is false"),
+    )
+    cheap, steps = c.cheaper_sampler, c.cheaper_sampler.steps or c.render.steps
+    need(
+        cheap.steps < c.render.steps,
+        "cheaper_sampler.steps",
+        f"{cheap.steps} are no fewer than render.steps = {c.render.steps}; 0 takes as many",
+    )
+    need(0 < cheap.guided_part <= 1, "cheaper_sampler.guided_part", "is a share: above 0, and at most 1")
+    need(
+        cheap.guided_part == 1 or c.render.guidance_scale != 1,
+        "cheaper_sampler.guided_part",
+        "chooses guided steps, but there are none: render.guidance_scale is 1",
+    )
+    need(
+        cheap.reuse == sorted(set(cheap.reuse)) and all(1 <= step < steps for step in cheap.reuse),
+        "cheaper_sampler.reuse",
+        f"must ascend and lie between 1 and {steps - 1}, the last step: "
+        f"{'cheaper_sampler' if cheap.steps else 'render'}.steps = {steps}",
     )
     need(c.stage1.sampler_steps >= 1, "stage1.sampler_steps", "at least 1")
     need(

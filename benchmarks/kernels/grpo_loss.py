@@ -27,11 +27,11 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         sizes = [(64, 512, 8, 32, 32_768)]
     else:
         sizes = [(8, rows // 8, 8, rows // 8, 151_936) for rows in SIZES]
-    for b, t, *_ in sizes:
-        yield case(variant="logprobs", dtype=torch.float32, N=b * t, B=b, T=t, calls=20, quick=quick)
-    for *_, b, t, v in sizes:
+    for i, (b, t, *_) in enumerate(sizes):
+        yield case(variant="logprobs", dtype=torch.float32, N=b * t, B=b, T=t, calls=20, quick=quick, order=i)
+    for i, (*_, b, t, v) in enumerate(sizes):
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        yield case(variant="logits", dtype=dtype, N=b * t, B=b, T=t, V=v, quick=quick)
+        yield case(variant="logits", dtype=dtype, N=b * t, B=b, T=t, V=v, quick=quick, order=i)
 
 
 def inputs(case: Case) -> Any:

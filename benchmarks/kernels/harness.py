@@ -25,8 +25,8 @@ RELATIVE = ("latents",)  # values whose errors are relative too
 # A bf16 logit between 32 and 64 is off by up to 0.125, and so is log Σ e^z: far beyond, an op computes another thing.
 TOLERATED = {torch.float32: (1e-2, 1e-2), torch.bfloat16: (0.5, 0.2)}
 PASSES = 4  # visits to each contestant, in alternating order, so that drift favours none
-SECONDS = 1.0  # for the rounds of one visit
-ROUNDS = (3, 20)  # of one visit, at least and at most
+SECONDS = {"cpu": 0.5, "cuda": 1.0}  # for the rounds of one visit
+ROUNDS = {"cpu": (2, 20), "cuda": (3, 20)}  # of one visit, at least and at most
 
 Results = dict[str, Tensor]
 Truth = dict[str, Any]  # a tensor, or (index, tensor) where some of a result's rows are enough
@@ -41,6 +41,10 @@ class WrongResults(Exception):
     """Our op broke its promise: no speed of the case is reported."""
 
 
+class OutOfTime(Exception):
+    """The budget leaves no room for what comes next."""
+
+
 @dataclass(frozen=True)
 class Case:
     op: str
@@ -52,6 +56,8 @@ class Case:
     V: int | None = None
     B: int | None = None  # N = B·T, where the op knows sequences
     T: int | None = None
+    G: int | None = None  # members of a group
+    order: int = 0  # cases of a lower one are worth more, and run first
     calls: int = 1  # steps in a timed round: more for ops of microseconds, where one synchronisation would dominate
     quick: bool = False
 
@@ -63,8 +69,12 @@ class Case:
     def passes(self) -> int:
         return 2 if self.quick else PASSES
 
+    def sizes(self) -> dict[str, int | None]:
+        return {size: getattr(self, size) for size in ("N", "H", "V", "B", "T", "G")}
+
     def __str__(self) -> str:
-        return f"{self.op}-{self.variant}-{self.precision}-N{self.N}"
+        more = "".join(f"-{name}{size}" for name in ("V", "G") if (size := getattr(self, name)) is not None)
+        return f"{self.op}-{self.variant}-{self.precision}-N{self.N}{more}"
 
 
 @dataclass(frozen=True)
@@ -142,8 +152,8 @@ class Contest:
         entry = self.entries[key]
         if entry.reason:
             return entry.reason
-        fewest, most = (1, 3) if self.case.quick else ROUNDS
-        rounds = max(fewest, min(most, int(SECONDS / max(entry.seconds, 1e-6))))
+        fewest, most = (1, 3) if self.case.quick else ROUNDS[self.case.device]
+        rounds = max(fewest, min(most, int(SECONDS[self.case.device] / max(entry.seconds, 1e-6))))
         benchmark.pedantic(self.timed(entry), rounds=rounds, warmup_rounds=1)
         entry.times += benchmark.stats.stats.data
         return None
@@ -153,25 +163,35 @@ class Contest:
         return [self._row(e) | environment for e in self.entries.values() if e.times or e.reason]
 
     def _row(self, entry: Entry) -> Row:
-        case, times = self.case, [1e3 * t / self.case.calls for t in entry.times]
-        fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
-        return {
-            "op": case.op,
-            "variant": case.variant,
-            "contestant": entry.contestant.name,
-            "config": entry.contestant.config,
-            **{size: getattr(case, size) for size in ("N", "H", "V", "B", "T")},
-            "dtype": case.precision,
-            "median_ms": statistics.median(times) if times else None,
-            "p20_ms": fifths[0] if times else None,
-            "p80_ms": fifths[3] if times else None,
-            "rounds": len(times),
-            "calls": case.calls,
-            "peak_bytes": entry.peak_bytes,
-            "flops": entry.flops,
-            "errors": entry.errors,
-            "reason": entry.reason,
-        }
+        return row_of(self.case, entry)
+
+
+def row_of(case: Case, entry: Entry) -> Row:
+    """What is known about one contestant."""
+    times = [1e3 * t / case.calls for t in entry.times]
+    fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+    return {
+        "op": case.op,
+        "variant": case.variant,
+        "contestant": entry.contestant.name,
+        "config": entry.contestant.config,
+        **case.sizes(),
+        "dtype": case.precision,
+        "median_ms": statistics.median(times) if times else None,
+        "p20_ms": fifths[0] if times else None,
+        "p80_ms": fifths[3] if times else None,
+        "rounds": len(times),
+        "calls": case.calls,
+        "peak_bytes": entry.peak_bytes,
+        "flops": entry.flops,
+        "errors": entry.errors,
+        "reason": entry.reason,
+    }
+
+
+def failed(case: Case, contestant: Contestant, error: Exception) -> Row:
+    """The row of a case that was not timed because ours, `contestant`, is wrong or cannot run."""
+    return row_of(case, Entry(contestant, reason=explain(error)))
 
 
 def compare(results: Results, truth: Truth, bounds: tuple[float, float]) -> tuple[dict[str, float], str | None]:

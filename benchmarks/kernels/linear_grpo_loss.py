@@ -22,8 +22,8 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     elif device == "cpu":
         yield case(dtype=torch.float32, N=512, T=64, H=1024, V=32_768)
     else:
-        for rows in linear_logprobs.SIZES:
-            yield case(dtype=torch.bfloat16, N=rows, T=rows // 8, H=2048, V=151_936)
+        for i, rows in enumerate(linear_logprobs.SIZES):
+            yield case(dtype=torch.bfloat16, N=rows, T=rows // 8, H=2048, V=151_936, order=i)
 
 
 def inputs(case: Case) -> Any:

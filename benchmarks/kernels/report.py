@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from ..rows import OURS, RESULTS, Row, is_ours, label, newest, read
+from .scaling import OP as SCALING
+from .scaling import growing
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; vermilion and blue are ours.
 OWN = ("#D55E00", "#0072B2")
@@ -25,13 +30,22 @@ def cases(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:
     return grouped
 
 
-def size(row: Row, keys: str = "NHVBT") -> str:
-    return ", ".join(f"{key} {row[key]:,}" for key in keys if row[key] is not None)
+def size(row: Row, keys: str = "NHVBTG") -> str:
+    return ", ".join(f"{key} {row[key]:,}" for key in keys if row.get(key) is not None)
 
 
 def show(rows: Iterable[Row]) -> None:
-    """One table a case, every configuration a line."""
+    """One table a case, every configuration a line; of what was measured at growing sizes, the exponents."""
     console = Console(width=None if sys.stdout.isatty() else 120)
+    rows = list(rows)
+    if found := exponents(row for row in rows if row["op"] == SCALING):
+        table = Table(title="growth: exponents with a standard error", title_justify="left")
+        for name in ("op", "contestant", "time", "memory"):
+            table.add_column(name, justify="right" if name in ("time", "memory") else "left")
+        for item in found:
+            table.add_row(item.variant, item.contestant, item.time.text(), item.memory.text())
+        console.print(table)
+    rows = [row for row in rows if row["op"] != SCALING]
     for (op, variant, dtype, *_), found in cases(rows, "op", "variant", "dtype", "N", "device", "date").items():
         table = Table(title=f"{op}, {variant}: {size(found[0])}, {dtype}", title_justify="left")
         errors = list(dict.fromkeys(name for row in found for name in row["errors"]))
@@ -58,17 +72,63 @@ def show(rows: Iterable[Row]) -> None:
         console.print()
 
 
+class Exponent(NamedTuple):
+    """p of y ∝ x^p, by least squares of the logarithms."""
+
+    value: float
+    stderr: float | None
+
+    def text(self) -> str:
+        if math.isnan(self.value):
+            return "–"
+        return f"{self.value:.2f}" + ("" if self.stderr is None else f" ± {self.stderr:.2f}")
+
+
+class Growth(NamedTuple):
+    """How a contestant's time and peak memory grow in a variant "op against size"; `rows` by growing size."""
+
+    variant: str
+    contestant: str
+    time: Exponent
+    memory: Exponent
+    rows: list[Row]
+
+
+def exponents(rows: Iterable[Row]) -> list[Growth]:
+    """Of the newest rows of the scaling cases; a contestant with fewer than three sizes has none."""
+    timed = [row for row in newest(rows) if row["median_ms"] is not None]
+    found = []
+    for (variant, contestant), series in cases(timed, "variant", "contestant").items():
+        size = growing(variant)
+        series = sorted(series, key=lambda row: row[size])
+        if len(series) >= 3:
+            x = [row[size] for row in series]
+            time, memory = (fit(x, [row[key] for row in series]) for key in ("median_ms", "peak_bytes"))
+            found.append(Growth(variant, contestant, time, memory, series))
+    return found
+
+
+def fit(x: list[float], y: list[float]) -> Exponent:
+    if min(y) <= 0:  # a compiled op may allocate nothing
+        return Exponent(math.nan, None)
+    xs, ys = ([math.log(value) for value in values] for values in (x, y))
+    slope, offset = statistics.linear_regression(xs, ys)
+    spread = sum((a - statistics.fmean(xs)) ** 2 for a in xs)
+    left = sum((b - offset - slope * a) ** 2 for a, b in zip(xs, ys, strict=True))
+    return Exponent(slope, math.sqrt(left / (len(xs) - 2) / spread) if len(xs) > 2 else None)
+
+
 def plot(rows: list[Row], folder: Path) -> list[Path]:
     """One picture for each op and device: a line of panels for each variant and dtype, time and peak memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from PIL import Image
 
     plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
-    files = []
-    for (op, kind, device), found in cases(newest(rows), "op", "kind", "device").items():
+    files = _plot_growth([row for row in rows if row["op"] == SCALING], folder, plt)
+    others = [row for row in rows if row["op"] != SCALING]
+    for (op, kind, device), found in cases(newest(others), "op", "kind", "device").items():
         timed = [row for row in found if row["median_ms"] is not None]
         names = sorted({row["contestant"] for row in timed}, key=lambda name: (not name.startswith(OURS), name))
         panels = cases(timed, "variant", "dtype")
@@ -94,11 +154,56 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
         figure.suptitle(f"{op} on {device}", x=0.01, ha="left")
         folder.mkdir(parents=True, exist_ok=True)
         files.append(folder / f"{op}-{kind}.png")
-        figure.savefig(files[-1], dpi=110)
-        plt.close(figure)
-        with Image.open(files[-1]) as picture:  # a palette makes the file a third as large
-            smaller = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
-        smaller.save(files[-1], optimize=True)
+        _save(figure, files[-1], plt)
+    return files
+
+
+def _save(figure, file: Path, plt) -> None:
+    from PIL import Image
+
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    with Image.open(file) as picture:  # a palette makes the file a third as large
+        smaller = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    smaller.save(file, optimize=True)
+
+
+def _plot_growth(rows: list[Row], folder: Path, plt) -> list[Path]:
+    """A line of panels for each scaling variant, time and memory; the legend has the exponents."""
+    files = []
+    for (kind, device), own in cases(rows, "kind", "device").items():
+        variants = defaultdict(list)
+        for growth in exponents(own):
+            variants[growth.variant].append(growth)
+        if not variants:
+            continue
+        figure, axes = plt.subplots(
+            len(variants), 2, figsize=(9, 2.6 * len(variants)), squeeze=False, layout="constrained"
+        )
+        for line, (variant, grown) in zip(axes, variants.items(), strict=True):
+            size = growing(variant)
+            line[0].set_title(variant, loc="left", fontweight="bold")
+            for panel, key, unit, scale in zip(
+                line, ("median_ms", "peak_bytes"), ("time, ms", "peak extra memory, MB"), (1, 1e-6), strict=True
+            ):
+                colours = iter(OTHERS)
+                for i, growth in enumerate(sorted(grown, key=lambda growth: growth.contestant != OURS)):
+                    exponent = growth.time if key == "median_ms" else growth.memory
+                    ours = growth.contestant == OURS
+                    panel.plot(
+                        [row[size] for row in growth.rows], [row[key] * scale for row in growth.rows],
+                        color=OWN[0] if ours else next(colours), marker=MARKERS[i % len(MARKERS)],
+                        label=f"{growth.contestant}: {size}^{exponent.text()}", linewidth=2.6 if ours else 1.2,
+                    )  # fmt: skip
+                panel.set(xscale="log", yscale="log", xlabel=size, ylabel=unit)
+                ticks = sorted({row[size] for growth in grown for row in growth.rows})
+                panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+                panel.minorticks_off()
+                panel.legend(fontsize=7, frameon=False)
+        figure.suptitle(f"growth on {device}", x=0.01, ha="left")
+        folder.mkdir(parents=True, exist_ok=True)
+        files.append(folder / f"{SCALING}-{kind}.png")
+        _save(figure, files[-1], plt)
     return files
 
 

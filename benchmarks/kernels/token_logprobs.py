@@ -22,13 +22,14 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     if quick:
         yield case(variant="backward", dtype=torch.float32, N=64, T=8, V=8192, quick=True)
         return
-    for variant in ("backward", "forward"):
+    for order, variant in enumerate(("backward", "forward")):
         if device == "cpu":
             for dtype in (torch.float32, torch.bfloat16):
-                yield case(variant=variant, dtype=dtype, N=256, T=32, V=32_768)
+                yield case(variant=variant, dtype=dtype, N=256, T=32, V=32_768, order=order)
         else:
-            for rows in SIZES:
-                yield case(variant=variant, dtype=torch.bfloat16, N=rows, T=rows // SEQUENCES, V=151_936)
+            for i, rows in enumerate(SIZES):
+                size = {"N": rows, "T": rows // SEQUENCES, "V": 151_936}
+                yield case(variant=variant, dtype=torch.bfloat16, order=i + order, **size)
 
 
 def inputs(case: Case) -> Any:

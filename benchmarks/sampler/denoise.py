@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -70,12 +70,11 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         if quick:
             yield make(variant="tiny-64-5", dtype=torch.float32, N=2, T=5, model=TINY, pixels=64)
         return
-    for tokens in (333, 512):
-        for images in (8, 1, 32):
-            for model, pixels in (("large", 512), ("medium", 512), ("large", 1024), ("medium", 1024)):
-                if not quick or (tokens, images, pixels) == (333, 1, 512):
-                    size = {"N": images, "T": tokens, "model": model, "pixels": pixels}
-                    yield make(variant=f"{model}-{pixels}-{tokens}", dtype=torch.bfloat16, **size)
+    for order, (tokens, images) in enumerate(product((333, 512), (8, 1, 32))):
+        for model, pixels in (("large", 512), ("medium", 512), ("large", 1024), ("medium", 1024)):
+            if not quick or (tokens, images, pixels) == (333, 1, 512):
+                size = {"N": images, "T": tokens, "model": model, "pixels": pixels, "order": order}
+                yield make(variant=f"{model}-{pixels}-{tokens}", dtype=torch.bfloat16, **size)
 
 
 def transformer(case: Case, **changes: Any) -> Any:
@@ -206,7 +205,7 @@ def contestants(case: Case) -> list[Contestant]:
     """Ours first: what breaks its promise ends the contest before anything else is timed."""
 
     def own(given: SimpleNamespace, name: str | None) -> Step:
-        if name == "flash-attn":
+        if name in ("flash-attn", "segments"):
             return accelerated(transformer(case), given, name)
         return within(name, accelerated(transformer(case), given))
 
@@ -224,7 +223,8 @@ def contestants(case: Case) -> list[Contestant]:
 
     names = [*KERNELS, "flash-attn"]
     found = [Contestant(OURS, lambda given: own(given, None))]
-    found += [Contestant(OURS, on_a_gpu(partial(own, name=name)), {"attention": name}) for name in names]
+    for name in ("segments", *names):
+        found.append(Contestant(OURS, on_a_gpu(partial(own, name=name)), {"attention": name}))
     found.append(Contestant(EAGER, lambda given: loop(transformer(case), given)))
     found.append(Contestant("torch.compile of it", on_a_gpu(partial(optimised, name=None))))
     for name in names:

@@ -39,7 +39,7 @@ def test_help_answers_at_once_and_lists_every_command():
     start = time.monotonic()
     done = shell("--help")
     assert done.returncode == 0 and time.monotonic() - start < 10  # a hung import, not a benchmark
-    known = ("train", "check", "configs", "caption", "reconstruct", "generate", "evaluate", "report", "env", "tiny")
+    known = ("train", "check", "configs", "caption", "reconstruct", "generate", "evaluate", "bench", "report")
     for command in known:
         assert f"\n    {command}" in done.stdout
 

@@ -10,28 +10,44 @@ from uae_kernels.mmdit import ModulationTable, accelerate_sd3, restore_sd3
 
 KINDS = list(sd3.FAMILY)
 SIGMAS = torch.linspace(1, 0, 11)
+ATTENTIONS = ["auto", "segments"]
 
 
 def tabled(model, given):
     return ModulationTable(model, 1000 * SIGMAS[:-1], given["pooled_projections"][0])
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_steps_with_guidance(kind, table):
+def test_ten_steps_with_guidance(kind, table, attention):
     model, given = sd3.transformer(kind, layers=3), sd3.inputs(4)
     expected = sd3.sampled(model, SIGMAS, given)
-    accelerate_sd3(model, modulation_table=tabled(model, given) if table else None)
+    accelerate_sd3(model, modulation_table=tabled(model, given) if table else None, attention=attention)
     assert relative_error(sd3.sampled(model, SIGMAS, given), expected) <= 1e-5
     assert relative_error(expected, given["hidden_states"][:2]) > 0.1  # the velocities matter
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("kind", ["medium", "large"])
-def test_ten_steps_at_full_width(kind):
+def test_ten_steps_at_full_width(kind, attention):
     model, given = sd3.transformer(kind, full_width=True), sd3.inputs(2, (4, 4), 3)
     expected = sd3.sampled(model, SIGMAS, given)
-    accelerate_sd3(model, modulation_table=tabled(model, given))
+    accelerate_sd3(model, modulation_table=tabled(model, given), attention=attention)
     assert relative_error(sd3.sampled(model, SIGMAS, given), expected) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_eps_of_the_norms_is_theirs(attention):
+    model, given = sd3.transformer("medium", layers=3), sd3.inputs()
+    before = model(**given).sample
+    for name, module in model.named_modules():
+        if ".attn" in name and "norm" in name:
+            module.eps = 0.5
+    expected = model(**given).sample
+    assert relative_error(expected, before) > 1e-3
+    assert relative_error(accelerate_sd3(model, attention=attention)(**given).sample, expected) <= 1e-5
 
 
 def gradients(model, given, parameters):
@@ -42,10 +58,11 @@ def gradients(model, given, parameters):
     return [out, *torch.autograd.grad(out, [*leaves.values(), *parameters], weights, allow_unused=True)]
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("what", ["inputs", "lora", "all linear lora", "weights"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients(kind, what, checkpointed):
+def test_gradients(kind, what, checkpointed, attention):
     model, given = sd3.transformer(kind), sd3.inputs()
     if what == "weights":
         parameters = list(model.parameters())
@@ -54,7 +71,7 @@ def test_gradients(kind, what, checkpointed):
         everywhere = [*sd3.LORA_TARGETS, "linear", "net.0.proj", "net.2", "proj_out", "context_embedder"]
         parameters = [] if what == "inputs" else sd3.add_lora(model, everywhere if "all" in what else sd3.LORA_TARGETS)
     expected = gradients(model, given, parameters)
-    accelerate_sd3(model)
+    accelerate_sd3(model, attention=attention)
     if checkpointed:
         model.enable_gradient_checkpointing()
     actual, used = gradients(model, given, parameters), 0
@@ -185,9 +202,10 @@ def test_loaded_weights_are_used():
 
 
 @torch.no_grad()
-def test_moves_and_dtypes():
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_moves_and_dtypes(attention):
     model, given = sd3.transformer("medium"), sd3.inputs()
-    accelerate_sd3(model)
+    accelerate_sd3(model, attention=attention)
     single = model(**given).sample
     model.to(torch.float64)
     double = model(**{name: value.double() for name, value in given.items()}).sample
@@ -234,10 +252,11 @@ def test_the_context_is_embedded_once():
     hook.remove()
 
 
-def test_a_sample_is_bitwise_the_same_anywhere_in_a_batch():
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_sample_is_bitwise_the_same_anywhere_in_a_batch(attention):
     model, given = sd3.transformer("medium"), sd3.inputs(8)
     given["timestep"] = torch.linspace(100, 900, 8)
-    accelerate_sd3(model)
+    accelerate_sd3(model, attention=attention)
     with torch.no_grad():
         out = model(**given).sample
         for order in (torch.arange(8).flip(0), torch.tensor([3, 3, 0, 3, 7, 1, 1, 2])):
@@ -245,11 +264,12 @@ def test_a_sample_is_bitwise_the_same_anywhere_in_a_batch():
             assert torch.equal(moved, out[order])
 
 
-def test_autocast():
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_autocast(attention):
     model, given = sd3.transformer("medium"), sd3.inputs()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(**given).sample
-        accelerate_sd3(model)
+        accelerate_sd3(model, attention=attention)
         assert relative_error(model(**given).sample, expected) < 2e-2
 
 
@@ -304,7 +324,7 @@ def test_the_backend_is_logged_once(caplog):
 
 REFUSED = {
     "fp8": (lambda m: accelerate_sd3(m, fp8=True), ValueError, "fp8=False"),
-    "backend": (lambda m: accelerate_sd3(m, attention="fast"), ValueError, "auto, sdpa, flash-attn, xformers"),
+    "backend": (lambda m: accelerate_sd3(m, attention="fast"), ValueError, "sdpa, segments, flash-attn, xformers"),
     "twice": (lambda m: accelerate_sd3(accelerate_sd3(m)), ValueError, "accelerated already"),
     "another model": (lambda m: accelerate_sd3(m.transformer_blocks), TypeError, "got ModuleList"),
     "restore": (restore_sd3, ValueError, "not accelerated"),

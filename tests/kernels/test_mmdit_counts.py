@@ -79,6 +79,26 @@ def test_launches_and_bytes_of_a_block(kind, pixels, meta_table):
     assert more - fewer == LAUNCHES[kind][2]
 
 
+@pytest.mark.parametrize("pixels", [512, 1024])
+@pytest.mark.parametrize("kind", ["large", "medium"])
+def test_segments_read_keys_alone_before_the_attention(kind, pixels):
+    """As many launches as `qk_norm` and PyTorch's attention, but q and v are neither read nor written beside it."""
+    dual, given, blocks = kind == "medium", full_size(pixels), {}
+    for attention in ("sdpa", "segments"):
+        models = [build(kind, layers, 9 if dual else 0) for layers in (3, 4)]
+        blocks[attention] = one_block([accelerate_sd3(model, attention=attention) for model in models], given)
+    joined, apart = blocks["sdpa"], blocks["segments"]
+    assert apart.launches == joined.launches == LAUNCHES[kind][1]
+    assert apart.flops == joined.flops
+    names = {kernel.name for kernel in apart.kernels}
+    assert {"_norm_kernel", "_forward_kernel"} <= names and not {"_qk_norm_kernel", "attention"} & names
+    images, width = (pixels // 16) ** 2, models[0].inner_dim
+    # Queries and values are read and written no more, of a second attention the queries; nor are their norms' weights
+    # read, and the products of the out-projections add their biases
+    passed = BATCH * (4 * (images + TOKENS) + 2 * images * dual) * width + (2 + dual) * 64 + 2 * width
+    assert joined.other_bytes - apart.other_bytes == 2 * passed
+
+
 def test_gelu_has_its_own_launch_where_the_epilogue_does_not_pay():
     models = [accelerate_sd3(build("large", layers)) for layers in (2, 3)]
     given = full_size(512)

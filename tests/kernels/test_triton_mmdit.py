@@ -1,5 +1,7 @@
 """Accelerated SD3 transformers whose ops are the Triton kernels, against diffusers' own modules in fp32."""
 
+from collections import Counter
+
 import pytest
 import sd3
 import torch
@@ -7,6 +9,7 @@ from measures import relative_error
 from uae_kernels.mmdit import ModulationTable, accelerate_sd3
 
 SIGMAS = torch.linspace(1, 0, 11)
+ATTENTIONS = ["auto", "segments"]
 
 
 @pytest.fixture
@@ -15,30 +18,37 @@ def launched(monkeypatch):
     import importlib
 
     names = []
-    for module in ("gated_residual", "qk_norm"):
-        module = importlib.import_module(f"uae_kernels.mmdit.{module}")
+    for module in ("mmdit.gated_residual", "mmdit.qk_norm", "segment_attention"):
+        module = importlib.import_module(f"uae_kernels.{module}")
         launch = module.launch
         monkeypatch.setattr(module, "launch", lambda k, *a, f=launch, **o: names.append(k.__name__) or f(k, *a, **o))
     return names
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("kind", list(sd3.FAMILY))
-def test_ten_steps_with_guidance(kind, launched, device):
+def test_ten_steps_with_guidance(kind, attention, launched, device):
     model = sd3.transformer(kind, layers=2, num_attention_heads=2).to(device)
     given = {name: value.to(device) for name, value in sd3.inputs(2, (4, 6), 3).items()}
     sigmas = SIGMAS.to(device)
     expected = sd3.sampled(model, sigmas, given)
     table = ModulationTable(model, 1000 * sigmas[:-1], given["pooled_projections"][0])
-    accelerate_sd3(model, modulation_table=table)
+    accelerate_sd3(model, modulation_table=table, attention=attention)
     model._uae.impl = "triton"
     assert relative_error(sd3.sampled(model, sigmas, given), expected) <= 1e-5
-    dual = kind == "medium"
-    assert launched.count("_gated_residual_kernel") == 10 * 5 and launched.count("_qk_norm_kernel") == 10 * (2 + dual)
+    attentions = 10 * (3 if kind == "medium" else 2)
+    expected = {"_gated_residual_kernel": 10 * 5}
+    if attention == "segments":
+        expected |= {"_forward_kernel": attentions} | ({} if kind == "sd3" else {"_norm_kernel": attentions})
+    else:
+        expected |= {"_qk_norm_kernel": attentions}
+    assert Counter(launched) == expected
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("kind", list(sd3.FAMILY))
-def test_gradients_of_inputs_and_adapter(kind, checkpointed, launched, device):
+def test_gradients_of_inputs_and_adapter(kind, checkpointed, attention, launched, device):
     model = sd3.transformer(kind, layers=2, num_attention_heads=2).to(device)
     given = {name: value.to(device) for name, value in sd3.inputs(2, (4, 6), 3).items()}
     parameters = sd3.add_lora(model, [*sd3.LORA_TARGETS, "net.2"])
@@ -49,17 +59,21 @@ def test_gradients_of_inputs_and_adapter(kind, checkpointed, launched, device):
         return [out, *torch.autograd.grad(out.square().sum(), [*leaves, *parameters], allow_unused=True)]
 
     expected = gradients()
-    accelerate_sd3(model)
+    accelerate_sd3(model, attention=attention)
     model._uae.impl = "triton"
     if checkpointed:
         model.enable_gradient_checkpointing()
     for a, e in zip(gradients(), expected, strict=True):
         assert (a is None) == (e is None) and (e is None or relative_error(a, e) <= 1e-5 or e.norm() < 1e-5)
-    assert "_gated_residual_backward_kernel" in launched and "_qk_norm_backward_kernel" in launched
+    backward = ["_qk_norm_backward_kernel"] if attention == "auto" else ["_queries_kernel", "_keys_kernel"]
+    assert {"_gated_residual_backward_kernel", *backward} <= set(launched)
+    assert any("qk_norm" in name for name in launched) == (attention == "auto")
 
 
-def test_a_sample_is_bitwise_the_same_anywhere_in_a_batch(device):
-    model = accelerate_sd3(sd3.transformer("medium", layers=2, num_attention_heads=2).to(device))
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_sample_is_bitwise_the_same_anywhere_in_a_batch(attention, device):
+    model = sd3.transformer("medium", layers=2, num_attention_heads=2).to(device)
+    accelerate_sd3(model, attention=attention)
     model._uae.impl = "triton"
     given = {name: value.to(device) for name, value in sd3.inputs(4, (4, 4), 3, same_pooled=False).items()}
     with torch.no_grad():

@@ -143,7 +143,8 @@ def accelerate_decoder(decoder: Decoder, config: Config) -> None:
         ConfigError: the ops do not know the transformer, or the attention backend is not installed.
     """
     try:
-        decoder.accelerate(config.same_sampler.attention, (config.render.steps, config.stage1.sampler_steps))
+        steps = (config.render.steps, config.cheaper_sampler.steps, config.stage1.sampler_steps)
+        decoder.accelerate(config.same_sampler.attention, [number for number in steps if number])
     except RuntimeError as error:
         raise ConfigError([f"same_sampler.attention: {error}"]) from None
     except (TypeError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -46,6 +47,26 @@ def render_guidance(config: Config, models: Models) -> Guidance:
     if config.render.guidance_scale == 1:
         return Guidance()
     return Guidance(config.render.guidance_scale, models.negative(config.render.negative_prompt))
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Forward passes that a drawing leaves out: another drawing for less (`cheaper_sampler`).
+
+    Attributes:
+        guided_part: share of the steps, from the first, that are guided; the others take the prompt's pass alone.
+        reuse: steps, numbered from 0, that take the velocity of the step before again, as guidance made it; never 0.
+    """
+
+    guided_part: float = 1.0
+    reuse: tuple[int, ...] = ()
+
+    def guides(self, step: int, steps: int) -> bool:
+        """Whether a step of so many is guided."""
+        return step / steps < self.guided_part
+
+
+FULL = Shortcuts()  # none
 
 
 @dataclass(frozen=True)
@@ -93,6 +114,7 @@ def ode_path(
     *,
     lengths: Sequence[int] | None = None,
     first: Tensor | None = None,
+    shortcuts: Shortcuts = FULL,
 ) -> Tensor:
     """Euler steps through the levels `sigmas` (S + 1,): latents (B, C, H, W) at sigmas[0] to latents at sigmas[-1].
 
@@ -100,26 +122,50 @@ def ode_path(
         batch: the one shape of all forward passes.
         lengths: how much of its context (B, L, D) each row sees; None is all of it.
         first: (B, C, H, W) the first step's unconditional velocities, where they are known.
+        shortcuts: forward passes to leave out.
     """
     if len(sigmas) == 1:
         return latents
     negative = guidance.negative(decoder, batch)
+    loop = partial(euler, decoder, sigmas, guidance, shortcuts)
 
     def walk(c: Tensor, x: Tensor, unconditional: Tensor | None = None) -> Tensor:
-        c = c.to(decoder.dtype)  # once: a tensor that stays the same is embedded once
-        for sigma, sigma_next in pairwise(sigmas):
-            velocity = decoder.velocity(x, sigma, c)
-            if unconditional is None:
-                unconditional = guidance.unconditional(decoder, x, sigma, negative)
-            x = flow_step(
-                velocity, x, sigma, sigma_next, kind="ode",
-                velocity_uncond=unconditional, guidance_scale=guidance.scale,
-            ).next_sample  # fmt: skip
-            unconditional = None
-        return x
+        return loop(x, c.to(decoder.dtype), negative, unconditional)
 
     own = (latents,) if first is None else (latents, first)
     return by_length(lambda *rows: in_batches(walk, batch, *rows), lengths, context, *own)
+
+
+def euler(
+    decoder: Decoder,
+    sigmas: Tensor,
+    guidance: Guidance,
+    shortcuts: Shortcuts,
+    x: Tensor,
+    context: Tensor,
+    negative: Tensor | None,
+    first: Tensor | None,
+) -> Tensor:
+    """The steps of one batch, on the device from the first to the last: x (batch, C, H, W) at sigmas[0] to sigmas[-1].
+
+    Args:
+        x: fp32 latents.
+        context: (batch, L, D) in the transformer's dtype: a tensor that stays the same is embedded once.
+        negative: (batch, L', D), None without guidance.
+        first: the first step's unconditional velocities, where they are known.
+    """
+    velocity, unconditional = x, first  # step 0 computes the first velocity
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        if step not in shortcuts.reuse:
+            velocity = decoder.velocity(x, sigma, context)
+            if not shortcuts.guides(step, len(sigmas) - 1):
+                unconditional = None
+            elif step or first is None:
+                unconditional = guidance.unconditional(decoder, x, sigma, negative)
+        x = flow_step(
+            velocity, x, sigma, sigma_next, kind="ode", velocity_uncond=unconditional, guidance_scale=guidance.scale
+        ).next_sample
+    return x
 
 
 @phase("renders")
@@ -135,6 +181,7 @@ def render(
     guidance: Guidance,
     lengths: Sequence[int] | None = None,
     decode_batch: int | None = None,
+    shortcuts: Shortcuts = FULL,
 ) -> Tensor:
     """Draws one image for each row of `context` with the deterministic sampler.
 
@@ -149,6 +196,7 @@ def render(
             computed once for each seed.
         lengths: how much of its context each row sees; None is all of it. Rows of one length are drawn together.
         decode_batch: the one batch shape of the VAE; None is `batch`.
+        shortcuts: forward passes to leave out.
 
     Returns:
         Images (B, 3, resolution, resolution), fp32 in [0, 1].
@@ -161,20 +209,25 @@ def render(
     if negative is not None and len(distinct) < len(seeds):
         shared = in_batches(lambda x: decoder.velocity(x, sigmas[0], negative), batch, noise)
         first = pick(shared, places)
-    latents = ode_path(decoder, pick(noise, places), context, sigmas, batch, guidance, lengths=lengths, first=first)
+    latents = ode_path(
+        decoder, pick(noise, places), context, sigmas, batch, guidance,
+        lengths=lengths, first=first, shortcuts=shortcuts,
+    )  # fmt: skip
     return in_batches(decoder.decode, decode_batch or batch, latents)
 
 
 @torch.no_grad()
 def draw(config: Config, models: Models, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
-    """Images (B, 3, H, W) of captions, one seed of the initial noise each: what rewards and evaluation look at.
+    """Images (B, 3, H, W) of captions, one seed of the initial noise each: what stage 2 and evaluation look at.
+
+    The one reader of `cheaper_sampler` but for its VAE: paths that are trained on take every pass.
 
     A caption that comes again with the same seed is read and drawn once. Captions are read, like images drawn, in
     batches of one shape: an image depends on its own caption and seed alone.
     """
     pairs = list(dict.fromkeys(zip(captions, seeds, strict=True)))
     places = {pair: i for i, pair in enumerate(pairs)}
-    words, batch = [caption for caption, _ in pairs], config.render.batch
+    words, batch, cheaper = [caption for caption, _ in pairs], config.render.batch, config.cheaper_sampler
     filled = words + words[-1:] * (-len(words) % batch)
     context = torch.cat([models.condition(filled[i : i + batch]) for i in range(0, len(filled), batch)])
     images = render(
@@ -182,11 +235,12 @@ def draw(config: Config, models: Models, captions: Sequence[str], seeds: Sequenc
         context[: len(words)],
         [seed for _, seed in pairs],
         resolution=config.data.resolution,
-        steps=config.render.steps,
+        steps=cheaper.steps or config.render.steps,
         batch=batch,
         guidance=render_guidance(config, models),
         lengths=models.lengths(words),
         decode_batch=config.same_sampler.decode_batch,
+        shortcuts=Shortcuts(cheaper.guided_part, tuple(cheaper.reuse)),
     )
     return pick(images, [places[pair] for pair in zip(captions, seeds, strict=True)])
 

@@ -101,9 +101,13 @@ def sampling_metrics(captions: Captions, old_logprobs: Tensor) -> Metrics:
     }
 
 
-def sampler_metrics(config: Config) -> Metrics:
-    """A 1 for each setting of a cheaper sampler, named cheaper_sampler/KEY_VALUE: its rewards are of another kind."""
-    return {f"cheaper_sampler/{key}_{value}": torch.ones(()) for key, value in cheaper(config).items()}
+def sampler_metrics(config: Config, *, drawn: bool = True) -> Metrics:
+    """A 1 for each setting of a cheaper sampler, named cheaper_sampler/KEY_VALUE: its rewards are of another kind.
+
+    Args:
+        drawn: whether `rollout.renders.draw` makes the images, which alone takes all of these settings.
+    """
+    return {f"cheaper_sampler/{key}_{value}": torch.ones(()) for key, value in cheaper(config, drawn=drawn).items()}
 
 
 def policy_metrics(metrics: Metrics) -> Metrics:

@@ -65,7 +65,7 @@ class ColdStart:
             source=models.reward.embed_sources(images, [example.id for example in examples]),
             noise=initial_noise(seeds, shape, models.decoder.device),
             prompt=models.encoder.prompt(images) if self.settings.context == "image" else None,
-            metrics=sampler_metrics(self.config),
+            metrics=sampler_metrics(self.config, drawn=False),
         )
 
     def loss(self, rollout: Answers, rows: slice) -> tuple[Tensor, Metrics]:

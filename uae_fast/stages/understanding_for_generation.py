@@ -95,8 +95,8 @@ class UnderstandingForGeneration:
             metrics={
                 **reward_metrics(rewards, size),
                 **metrics,
-                **sampler_metrics(config),
                 **caption_metrics(captions, models.encoder.eos_id),
+                **sampler_metrics(config, drawn=False),
                 "prompts/mean_length": prompt.mask.sum(1).float().mean(),
                 "clip_range_nats": torch.tensor(settings.clip_range * trajectory.latents[0].numel()),
                 "window_start": torch.tensor(start),

@@ -6,7 +6,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-BACKENDS = {"sdpa": "torch", "flash-attn": "flash_attn", "xformers": "xformers"}  # the package each needs
+from ..segment_attention import segment_attention
+
+# The package each needs
+BACKENDS = {"sdpa": "torch", "segments": "torch", "flash-attn": "flash_attn", "xformers": "xformers"}
 
 
 @cache
@@ -32,7 +35,8 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -
     Args:
         q, k, v: (B, heads, S, D) floats; as views of (B, S, heads, D), as `qk_norm` returns them, nothing is copied.
         backend: "sdpa" is `torch.nn.functional.scaled_dot_product_attention`, which chooses among torch's own kernels;
-            "flash-attn" (half precision, on a GPU) and "xformers" call those packages; "auto" is "sdpa".
+            "segments" is `uae_kernels.segment_attention`; "flash-attn" (half precision, on a GPU) and "xformers" call
+            those packages; "auto" is "sdpa".
 
     Returns:
         (B, S, heads·D) in q's dtype.
@@ -46,6 +50,10 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -
     if backend == "sdpa":
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if backend == "segments":
+        out = segment_attention(q, k, v)
+        assert isinstance(out, Tensor)  # of one segment
+        return out
     if backend == "flash-attn":
         from flash_attn import flash_attn_func
 

@@ -52,7 +52,7 @@ class ModulationTable:
     """
 
     def __init__(self, transformer: Any, timesteps: Tensor, pooled: Tensor):
-        """Computes the table: S rows through the transformer's own layers, on their device and in their dtype.
+        """Computes the table, row by row through the transformer's own layers, on their device and in their dtype.
 
         Args:
             transformer: an SD3Transformer2DModel.
@@ -78,12 +78,13 @@ class ModulationTable:
                 raise ValueError(f"ModulationTable: {type(parent).__name__}.{name} is a {type(layer).__name__}")
         weight = _weights(places)[0]
         self.timesteps, self.pooled = timesteps.to(weight.device), pooled.detach().to(weight)
+        layers, rows = modulation_layers(transformer).values(), []
         with torch.no_grad():
-            given = self.pooled.expand(len(timesteps), -1)
-            embedding = nn.functional.silu(transformer.time_text_embed(self.timesteps, given))
-            values = [layer(embedding) for layer in modulation_layers(transformer).values()]
-        self.values = torch.cat(values, 1)
-        self.sizes = [value.shape[1] for value in values]
+            for timestep in self.timesteps.split(1):  # each alone: its bits do not depend on what else is in the table
+                embedding = nn.functional.silu(transformer.time_text_embed(timestep, self.pooled[None]))
+                rows.append([layer(embedding) for layer in layers])
+        self.values = torch.cat([torch.cat(row, 1) for row in rows])
+        self.sizes = [value.shape[1] for value in rows[0]]
         self._made_from = [(weakref.ref(weight), version(weight)) for weight in _weights(places)]
         # What identifies the pooled tensors found to be the table's, and these, so that nothing else takes their memory
         self._known: dict[tuple, Tensor] = {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _triton
 from ..reference.mmdit.gated_residual import Modulated, Stream
 from ..reference.mmdit.qk_norm import Projections
+from ..segment_attention import segment_attention
 from .gated_residual import gated_residual
 from .joint_attention import check_backend, joint_attention
 from .modulation_table import ModulationTable, TableInUse, modulation_layers, version
@@ -60,7 +61,9 @@ def accelerate_sd3(
         modulation_table: stands in for the modulation layers, whose weights wait in the host's memory meanwhile. A
             pooled condition that is not the table's, an adapter on one of these layers or a change of their weights
             brings them back for good, with a warning.
-        attention: "auto", "sdpa", "flash-attn" or "xformers", see `joint_attention`; logged once, at level INFO.
+        attention: "auto" (which is "sdpa"), "sdpa", "flash-attn" or "xformers", see `joint_attention`; or "segments",
+            `segment_attention` on the projections where they lie: no queries and keys are joined, normalised copies of
+            keys alone are written, and each stream's result is its own tensor. Logged once, at level INFO.
 
     Returns:
         The transformer itself.
@@ -322,27 +325,42 @@ def _attend(
     state: _State, block: Any, image: tuple[Tensor, ...], text: Tensor
 ) -> tuple[Branch, Branch | None, Branch | None]:
     """What the joint attention gives the image's tokens, the second attention, and the joint one the text's."""
-    attn, tokens = block.attn, image[0].shape[1]
+    attn = block.attn
     added = _project((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), text)
     streams = (
         Projections(*_project((attn.to_q, attn.to_k, attn.to_v), image[0]), *_weights(attn.norm_q, attn.norm_k)),
         Projections(*added, *_weights(attn.norm_added_q, attn.norm_added_k)),
     )
-    out = _attention(state, attn, *streams)
-    branch = _project_out(attn.to_out[0], out[:, :tokens])
-    context = None if block.context_pre_only else _project_out(attn.to_add_out, out[:, tokens:])
+    out, text_out = _attention(state, attn, *streams)
+    branch = _project_out(attn.to_out[0], out)
+    context = None if block.context_pre_only else _project_out(attn.to_add_out, text_out)
     if not block.use_dual_attention:
         return branch, None, context
     attn = block.attn2
     parts = _project((attn.to_q, attn.to_k, attn.to_v), image[1])
-    out = _attention(state, attn, Projections(*parts, *_weights(attn.norm_q, attn.norm_k)))
+    (out,) = _attention(state, attn, Projections(*parts, *_weights(attn.norm_q, attn.norm_k)))
     return branch, _project_out(attn.to_out[0], out), context
 
 
-def _attention(state: _State, attn: Any, *streams: Projections) -> Tensor:
+def _attention(state: _State, attn: Any, *streams: Projections) -> tuple[Tensor, ...]:
+    """What each stream's tokens get of all tokens, (B, N, C)."""
     eps = 1e-6 if attn.norm_q is None else attn.norm_q.eps
+    if state.attention == "segments":
+        return _segments(streams, attn.heads, eps, state.impl)
     q, k, v = qk_norm(*streams, heads=attn.heads, eps=eps, impl=state.impl)
-    return joint_attention(q, k, v, backend=state.attention)
+    out = joint_attention(q, k, v, backend=state.attention)
+    return out.split([stream.q.shape[1] for stream in streams], 1)
+
+
+def _segments(streams: tuple[Projections, ...], heads: int, eps: float, impl: str) -> tuple[Tensor, ...]:
+    """`_attention` on the projections (B, N, C) as they are, seen as (B, N, H, D)."""
+    parts = [x.unflatten(-1, (heads, -1)) for stream in streams for x in stream[:3]]
+    q_weight, k_weight = streams[0][3:]
+    q2_weight, k2_weight = streams[1][3:] if len(streams) == 2 else (None, None)
+    out = segment_attention(
+        *parts, q_weight=q_weight, k_weight=k_weight, q2_weight=q2_weight, k2_weight=k2_weight, eps=eps, impl=impl
+    )
+    return out if isinstance(out, tuple) else (out,)
 
 
 def _weights(*norms: Any) -> list[Tensor | None]:

@@ -156,6 +156,8 @@ def run_stage(stage: Stage, run: Run) -> None:
             values["lr"] = optimizer.param_groups[0]["lr"]
             values["micro_batch"] = settings.micro_batch
             values["skipped_steps"], values["skipped_images"] = position.skipped, len(run.data.skipped)
+            if models.decoder.loops is not None:
+                values["memory/graphs_gb"] = models.decoder.loops.recorder.bytes / 1e9
             seconds = time.monotonic() - start
             values["seconds/update"] = seconds - values["seconds/rollout"]
             values["images_per_second"] = settings.images * getattr(settings, "group_size", 1) / seconds

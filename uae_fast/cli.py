@@ -474,6 +474,10 @@ def sampler_line(config: Config) -> str:
     line = f"decoder: accelerated, attention by {attention}" if accelerated(config) else "decoder: by diffusers"
     if sampler.accelerate and config.models.offload:
         line += ", because of models.offload"
+    if sampler.graph:
+        from .models.loading import records_graphs
+
+        line += ", its steps in CUDA graphs" * records_graphs(config)
     changed = ", ".join(f"{key} {value}" for key, value in cheaper(config).items())
     return f"{line}; cheaper sampler: {changed}" if changed else line
 

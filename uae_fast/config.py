@@ -132,6 +132,9 @@ class SameSamplerConfig:
     attention: Literal["auto", "sdpa", "segments", "flash-attn", "xformers"] = "auto"
     """What computes the accelerated decoder's attention; auto is torch's `scaled_dot_product_attention`, segments is
     `uae_kernels.segment_attention`, which joins no copies of image and text."""
+    graph: bool = False
+    """All steps of a batch as one CUDA graph, recorded once for each shape: for small batches, where Python cannot keep
+    up. Needs a CUDA device; it has not run on one yet."""
     decode_batch: int = 0
     """Latents turned into images at once, a short batch padded to it; 0 is render.batch."""
 
@@ -621,6 +624,22 @@ def invariants(config: Config) -> list[tuple[str, str]]:
         "same_sampler.attention",
         "chooses for the accelerated decoder alone; "
         + ("models.offload is true" if c.models.offload else "same_sampler.accelerate is false"),
+    )
+    graph, kept = c.same_sampler.graph, c.models.decoder_quantization
+    need(
+        not graph or c.device == "auto" or c.device.startswith("cuda"),
+        "same_sampler.graph",
+        f"records CUDA graphs, but device = {_short(c.device)}: choose a CUDA device, or false",
+    )
+    need(
+        not graph or not c.models.offload,
+        "same_sampler.graph",
+        "a graph reads weights where they were recorded, but models.offload moves them: choose false",
+    )
+    need(
+        not graph or kept == "none",
+        "same_sampler.graph",
+        f"quantised layers are not recorded: models.decoder_quantization is {kept}, choose none, or false here",
     )
     cheap, steps = c.cheaper_sampler, c.cheaper_sampler.steps or c.render.steps
     need(

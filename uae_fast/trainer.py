@@ -160,6 +160,8 @@ def run_stage(stage: Stage, run: Run) -> None:
             values["micro_batch"] = settings.micro_batch
             values["skipped_steps"], values["skipped_images"] = position.skipped, len(run.data.skipped)
             speed.measure(values)
+            if models.decoder.loops is not None:
+                values["memory/graphs_gb"] = models.decoder.loops.recorder.bytes / 1e9
             run.log.metrics(position.step, stage.name, values)
             progress.advance(words=progress_words(values))
             if bad:

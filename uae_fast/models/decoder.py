@@ -51,6 +51,8 @@ class Decoder(nn.Module):
         self.has_adapter = False
         self.reference_copy: nn.Module | None = None
         self.attention: str | None = None  # the accelerated transformer's backend
+        self.records = False  # whether the sampler's loops become CUDA graphs
+        self.loops: Any = None  # those that have, see rollout.graphs
         self._schedules: dict[int, Tensor] = {}
         self._tabulated: list[Tensor] = []  # the schedules that have a table
         self._table: Any = None  # a ModulationTable
@@ -115,6 +117,16 @@ class Decoder(nn.Module):
             attention=self.attention or "auto",
         )
         self._uses_table = wanted
+
+    @property
+    def table(self) -> Any:
+        """The `ModulationTable` in use, or None."""
+        return self._table if self._uses_table else None
+
+    def ready(self, sigma: Tensor) -> None:
+        """Takes the table into use if it serves σ, else out of it, as `velocity` does first."""
+        if self.attention is not None:
+            self._use_table(self._in_table(sigma))
 
     def _in_table(self, sigma: Tensor) -> bool:
         """Whether a table serves σ, told from where σ lies: its value stays on the device."""
@@ -202,8 +214,7 @@ class Decoder(nn.Module):
             lengths: how much of its context each row sees; None is all of it. Rows of one length are computed together,
                 padded to B rows.
         """
-        if self.attention is not None:
-            self._use_table(self._in_table(sigma))
+        self.ready(sigma)
         dtype, time = self.dtype, self._timesteps(sigma)
 
         def compute(c: Tensor, x: Tensor, t: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def load_models(config: Config) -> Models:
         ConfigError: a part is missing, has no safetensors or cannot be read, or `models.start` is damaged.
     """
     sources, settings = find_sources(config), config.models
-    device = run_device(config)
+    device, records = run_device(config), records_graphs(config)
     seed = derive_seed(config.seed, "dummy") if settings.load == "dummy" else None
 
     def options(trains: str, quantization: str = "none") -> dict[str, Any]:
@@ -133,7 +133,22 @@ def load_models(config: Config) -> Models:
         models.to(device)
     if accelerated(config):
         accelerate_decoder(decoder, config)
+    decoder.records = records
     return models
+
+
+def records_graphs(config: Config) -> bool:
+    """Whether the sampler's loops become CUDA graphs (`same_sampler.graph`).
+
+    Raises:
+        ConfigError: they are to, on another device.
+    """
+    if not config.same_sampler.graph:
+        return False
+    device = run_device(config).type
+    if device != "cuda":
+        raise ConfigError([f"same_sampler.graph: records CUDA graphs, but device = {config.device} is {device} here"])
+    return True
 
 
 def accelerate_decoder(decoder: Decoder, config: Config) -> None:

@@ -16,6 +16,7 @@ from ..models import Models
 from ..models.batches import by_length, in_batches, pick
 from ..models.decoder import Decoder
 from ..phases import phase
+from .graphs import loops_of
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,15 @@ def ode_path(
     negative = guidance.negative(decoder, batch)
     loop = partial(euler, decoder, sigmas, guidance, shortcuts)
 
+    recorded = loops_of(decoder)
+
     def walk(c: Tensor, x: Tensor, unconditional: Tensor | None = None) -> Tensor:
-        return loop(x, c.to(decoder.dtype), negative, unconditional)
+        rows = x, c.to(decoder.dtype), negative, unconditional
+        if recorded is None:
+            return loop(*rows)
+        decoder.ready(sigmas[0])
+        settings = sigmas.data_ptr(), len(sigmas), guidance.scale, shortcuts
+        return recorded.run(decoder, loop, settings, *rows)
 
     own = (latents,) if first is None else (latents, first)
     return by_length(lambda *rows: in_batches(walk, batch, *rows), lengths, context, *own)
@@ -147,6 +155,8 @@ def euler(
     first: Tensor | None,
 ) -> Tensor:
     """The steps of one batch, on the device from the first to the last: x (batch, C, H, W) at sigmas[0] to sigmas[-1].
+
+    What a CUDA graph holds: all that changes from call to call is in the last four tensors.
 
     Args:
         x: fp32 latents.

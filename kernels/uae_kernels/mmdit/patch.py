@@ -252,9 +252,7 @@ def _modulations(model: Any, timestep: Tensor, pooled: Tensor, batch: int) -> li
 def _context(model: Any, given: Tensor) -> Tensor:
     """The embedded context; without gradients, once for as long as the same tensor comes."""
     state, layer = model._uae, model.context_embedder
-    # What a CUDA graph replays must be computed within it
-    captured = given.is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.is_grad_enabled() or captured or not _is_plain(layer) or version(given) is None:
+    if torch.is_grad_enabled() or _is_captured(given) or not _is_plain(layer) or version(given) is None:
         state.contexts = []
         return layer(given)
     weights = layer.weight.data_ptr(), version(layer.weight), version(layer.bias)
@@ -265,6 +263,11 @@ def _context(model: Any, given: Tensor) -> Tensor:
     embedded = layer(given)
     state.contexts = [*state.contexts[-1:], (weakref.ref(given), key, embedded)]
     return embedded
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is recorded: what it replays must be computed within it."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _join(state: _State, *streams: Stream) -> list[Modulated]:

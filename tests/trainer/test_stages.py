@@ -160,6 +160,19 @@ def test_a_rollout_says_what_its_captions_are_like(world, small_config):
     assert 0 < said["max"] < 1e-5
 
 
+def test_a_rollout_computes_an_images_prompt_once(world, small_config):
+    config = small_config(world)
+    stage, rows = build(2, config), []
+    language_model = stage.models.encoder.model.model.language_model
+    hook = language_model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(given["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    rollout = stage.rollout(examples(config, 2), 0)
+    hook.remove()
+    width = rollout.prompt.ids.shape[1]
+    assert rows[0] == (2, width) and rows[1] == (8, 1)
+
+
 @pytest.mark.parametrize("engine", ["uae", "generate"])
 def test_captions_are_sampled_at_the_stages_temperature(world, small_config, engine):
     """The trainer's log-probs are of the same temperature: of another one they would be far off."""

@@ -395,6 +395,7 @@ def caption_images(
             [derive_seed(arguments.seed, "caption", path.name) for path in readable[chunk]],
             temperature=config.caption.temperature,
             max_new_tokens=config.caption.max_new_tokens,
+            engine=config.caption.engine,
         ).texts
     return readable, images, captions
 

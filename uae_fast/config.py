@@ -90,7 +90,10 @@ class CaptionConfig:
     image processor says."""
     max_new_tokens: int = 512
     temperature: float = 0.7
-    """Of evaluation, stage 3 and `uae-fast caption`; stage 2 samples with its own."""
+    """Of evaluation, stage 3 and `uae-fast caption`; stage 2 samples with its own. 0 takes the likeliest tokens."""
+    engine: Literal["uae", "generate"] = "uae"
+    """What samples: uae computes an image's prompt once for all its captions, and drops finished captions from the
+    batch; generate is transformers' own generation, for comparison."""
 
 
 @dataclass
@@ -621,7 +624,6 @@ def invariants(config: Config) -> list[tuple[str, str]]:
     )
     need(c.stage3.ema_decay < 1, "stage3.ema_decay", "must be below 1")
     need(c.stage2.temperature > 0, "stage2.temperature", "must be above 0")
-    need(c.caption.temperature > 0, "caption.temperature", "must be above 0")
     need(c.caption.max_new_tokens >= 1, "caption.max_new_tokens", "at least 1")
     need(c.condition.length >= 1, "condition.length", "at least 1")
     need(c.models.lora_rank >= 1, "models.lora_rank", "at least 1")

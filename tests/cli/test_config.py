@@ -60,7 +60,7 @@ def test_numbers_are_numbers(file, key):
         ("stages=[4]", "there is no stage 4"),
         ("stages=[]", "no stage to run"),
         ("stage1.backprop_last_steps=9", "between 1 and"),
-        ("caption.temperature=0", "above 0"),
+        ("caption.temperature=-1", "negative"),
         ("stage2.steps=-1", "negative"),
         ("reporters=[tensorbord]", "tensorboard"),
         ("stages=[2,3,2]", "stage 2 is listed twice"),

@@ -66,7 +66,7 @@ def test_sampling_follows_the_softmax_and_never_a_special_token(encoder):
     logits = encoder.head(states[0, 0])
     logits[encoder.suppressed_ids] = -torch.inf
     count = 4000
-    drawn = sample_captions(encoder, prompt.repeat(count), list(range(count)), temperature=2.0, max_new_tokens=1)
+    drawn = sample_captions(encoder, prompt, list(range(count)), temperature=2.0, max_new_tokens=1)
     expected = (logits / 2.0).softmax(-1)
     seen = torch.bincount(drawn.ids[:, 0], minlength=len(expected)) / count
     assert seen[encoder.suppressed_ids].sum() == 0

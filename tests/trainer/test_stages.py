@@ -122,6 +122,52 @@ def test_captions_of_one_image_share_their_noise(world, small_config):
     assert rollout.advantages.abs().max().item() == 0.0
 
 
+def test_a_rollout_says_what_its_captions_are_like(world, small_config):
+    """Names of TRL; each number against one counted in Python."""
+    config = small_config(world, "caption.max_new_tokens=10", "stage2.temperature=0.3", "stage2.images=4")
+    stage = build(2, config)
+    rollout = stage.rollout(examples(config, 2), 0)
+    captions, metrics = rollout.captions, {name: value.item() for name, value in rollout.metrics.items()}
+    lengths = captions.mask.sum(1).tolist()
+    ends = [row[n - 1] != stage.models.encoder.eos_id for row, n in zip(captions.ids.tolist(), lengths, strict=True)]
+    assert len(set(lengths)) > 1 and 0 < sum(ends) < 16
+    assert metrics["completions/mean_length"] == pytest.approx(sum(lengths) / 16)
+    assert (metrics["completions/min_length"], metrics["completions/max_length"]) == (min(lengths), max(lengths))
+    assert metrics["completions/clipped_ratio"] == pytest.approx(sum(ends) / 16)
+    images = [i // 4 for i in range(16)]
+    pairs = set(zip(images, captions.texts, strict=True))
+    assert metrics["completions/unique"] == pytest.approx(len(pairs) / 16) and len(pairs) < 16
+    gaps = sorted((captions.logprobs - rollout.old_logprobs)[captions.mask].abs().tolist())
+    place = 0.99 * (len(gaps) - 1)
+    p99 = gaps[int(place)] + (place % 1) * (gaps[int(place) + 1] - gaps[int(place)])
+    said = {name: metrics[f"sampling/sampling_logp_difference/{name}"] for name in ("mean", "p99", "max")}
+    assert said == {"mean": pytest.approx(sum(gaps) / len(gaps)), "p99": pytest.approx(p99), "max": gaps[-1]}
+    assert 0 < said["max"] < 1e-5
+
+
+def test_a_rollout_computes_an_images_prompt_once(world, small_config):
+    config = small_config(world)
+    stage, rows = build(2, config), []
+    language_model = stage.models.encoder.model.model.language_model
+    hook = language_model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(given["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    rollout = stage.rollout(examples(config, 2), 0)
+    hook.remove()
+    width = rollout.prompt.ids.shape[1]
+    assert rows[0] == (2, width) and rows[1] == (8, 1)
+
+
+@pytest.mark.parametrize("engine", ["uae", "generate"])
+def test_captions_are_sampled_at_the_stages_temperature(world, small_config, engine):
+    """The trainer's log-probs are of the same temperature: of another one they would be far off."""
+    for temperature in (0.5, 2.0):
+        config = small_config(world, f"stage2.temperature={temperature}", f"caption.engine={engine}")
+        stage = build(2, config)
+        metrics = stage.rollout(examples(config, 2), 0).metrics
+        assert metrics["sampling/sampling_logp_difference/max"].item() < 1e-5
+
+
 def test_a_step_is_the_same_again_and_another_step_is_not(world, small_config):
     config = small_config(world)
     for number, field in ((2, "old_logprobs"), (3, "advantages")):

@@ -121,6 +121,7 @@ class Evaluator:
             [derive_seed(config.seed, "heldout", "caption", example.id) for example in examples],
             temperature=config.caption.temperature,
             max_new_tokens=config.caption.max_new_tokens,
+            engine=config.caption.engine,
         )
         return list(zip(captions.texts, captions.mask.sum(1).tolist(), strict=True))
 

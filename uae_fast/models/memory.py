@@ -2,9 +2,9 @@
 
 The stages' own code runs on tensors without memory (PyTorch's fake tensors), the decoder by diffusers' own modules, and
 what is alive is added up: weights, adapters, gradients and activations are those of the code, not of formulas. Formulas
-are the quantised weights, the optimiser's state, the cache of sampled captions, and a fixed sum for CUDA itself. Not
-counted: the vision tower's activations (no gradients, one image after another), workspaces of convolutions and matrix
-products, fragmentation.
+are the quantised weights, the optimiser's state, the cache of `caption.engine: generate`, and a fixed sum for CUDA
+itself. Not counted: the vision tower's activations (no gradients, one image after another), workspaces of convolutions
+and matrix products, fragmentation.
 """
 
 from __future__ import annotations
@@ -208,13 +208,19 @@ class Predictor:
         settings, batch = stage.settings, self.config.render.batch
         images = settings.images
         rows = images * getattr(settings, "group_size", 1)
-        written = {0: settings.micro_batch, 2: rows}.get(number, images)
+        read = {0: settings.micro_batch, 2: batch}.get(number, images)
         with self.mode:
             steps: list[tuple[str, tuple[str, ...], Callable[[], Any]]] = []
             if number in (2, 3):
-                steps.append(("writing captions", ("encoder",), lambda: self.write(written, alive)))
+                steps.append(
+                    (
+                        "writing captions",
+                        ("encoder",),
+                        lambda: self.write(images, rows if number == 2 else images, alive),
+                    )
+                )
             if number != 1:
-                steps.append(("reading captions", ("encoder",), lambda: self.read(written)))
+                steps.append(("reading captions", ("encoder",), lambda: self.read(read, rows if number == 2 else read)))
             if number in (2, 3):
                 steps.append(("drawing", ("decoder",), lambda: self.draw(rows, batch)))
                 steps.append(("rewarding", ("reward", "heldout"), lambda: self.reward(rows)))
@@ -239,11 +245,23 @@ class Predictor:
         return Prompt(ids, ids == 0, ids.expand(3, -1, -1), (torch.zeros(1, width),) * rows)
 
     @torch.no_grad()
-    def write(self, rows: int, alive: Alive) -> int:
-        """Prefill of all prompts; returns the bytes by which caches and logits of whole captions exceed its peak."""
+    def write(self, images: int, rows: int, alive: Alive) -> int:
+        """The prompts, and a token of each caption.
+
+        Of transformers' own generation: the prompts alone; returns the bytes by which caches and logits of whole
+        captions exceed their peak.
+        """
         from transformers import DynamicCache
 
-        encoder, prompt = self.models.encoder, self.prompt(rows)
+        from ..rollout.decoding import Writing
+
+        encoder = self.models.encoder
+        if self.config.caption.engine == "uae":
+            draws = torch.zeros(rows, self.config.caption.max_new_tokens, dtype=torch.float64)
+            with encoder.acting_as("policy") as language_model:
+                Writing(encoder, language_model, self.prompt(images), draws, 1.0).step()
+            return 0
+        prompt = self.prompt(rows)
         text = encoder.model.config.text_config
         cache = DynamicCache(config=text)
         encoder.model.model.language_model(
@@ -257,8 +275,10 @@ class Predictor:
         return max(0, layer * (text.num_hidden_layers + 1) + rows * text.vocab_size * (3 * 4 + 8) - alive.most)
 
     @torch.no_grad()
-    def read(self, rows: int) -> None:
-        self.models.condition([WORD] * rows)
+    def read(self, batch: int, rows: int) -> int:
+        """One batch of captions; returns the bytes of the other rows' contexts."""
+        context = self.models.condition([WORD] * batch)
+        return max(0, rows - batch) * context[0].numel() * context.element_size()
 
     @torch.no_grad()
     def draw(self, rows: int, batch: int) -> int:
@@ -318,7 +338,7 @@ class Predictor:
 
         rows, length = stage.settings.micro_batch, self.config.caption.max_new_tokens
         ids, zeros = torch.zeros(rows, length, dtype=torch.long), torch.zeros(rows, length)
-        captions = Captions(ids, ids == 0, [""] * rows)
+        captions = Captions(ids, ids == 0, [""] * rows, zeros)
         rollout = CaptionRollout(self.prompt(rows), captions, torch.zeros(rows), zeros, zeros, {})
         FrozenHead.apply(stage.states(rollout, slice(0, rows), "policy")).sum().backward()
 

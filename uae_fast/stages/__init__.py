@@ -12,6 +12,7 @@ from ..config import Config, cheaper
 from ..data import Example
 from ..models import Models
 from ..models.reward import Reward
+from ..rollout.captions import Captions
 
 Metrics = dict[str, Tensor]
 
@@ -72,6 +73,29 @@ def reward_metrics(rewards: Tensor, group_size: int) -> Metrics:
         "reward": rewards.mean(),
         "reward_std": groups.std(1).mean(),
         "frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
+    }
+
+
+def caption_metrics(captions: Captions, end: int) -> Metrics:
+    """Lengths in tokens, and the share of captions cut off before their end of turn `end`; named as in TRL."""
+    lengths = captions.mask.sum(1).float()
+    ended = ((captions.ids == end) & captions.mask).any(1)
+    return {
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.amin(),
+        "completions/max_length": lengths.amax(),
+        "completions/clipped_ratio": 1 - ended.float().mean(),
+    }
+
+
+def sampling_metrics(captions: Captions, old_logprobs: Tensor) -> Metrics:
+    """|Δ log-prob| of the sampled tokens between the rollout and the trainer, old_logprobs (N, T); named as in TRL."""
+    mask, difference = captions.mask, (captions.logprobs - old_logprobs).abs()
+    counted = difference.where(mask, 0.0)
+    return {
+        "sampling/sampling_logp_difference/mean": counted.sum() / mask.sum(),
+        "sampling/sampling_logp_difference/p99": difference.where(mask, torch.nan).nanquantile(0.99),
+        "sampling/sampling_logp_difference/max": counted.amax(),
     }
 
 

@@ -16,7 +16,15 @@ from ..models.encoder import Prompt
 from ..rollout.captions import Captions, sample_captions
 from ..rollout.renders import draw
 from ..seeds import derive_seed
-from . import Metrics, judge, policy_metrics, reward_metrics, sampler_metrics
+from . import (
+    Metrics,
+    caption_metrics,
+    judge,
+    policy_metrics,
+    reward_metrics,
+    sampler_metrics,
+    sampling_metrics,
+)
 
 
 @dataclass
@@ -53,13 +61,14 @@ class GenerationForUnderstanding:
         size = settings.group_size
         seeds = [derive_seed(config.seed, self.name, step, e.id, i) for e in examples for i in range(size)]
         images = [example.image for example in examples]
-        prompt = models.encoder.prompt(images).repeat(size)
+        prompt = models.encoder.prompt(images)
         captions = sample_captions(
             models.encoder,
             prompt,
             seeds,
             temperature=settings.temperature,
             max_new_tokens=config.caption.max_new_tokens,
+            engine=config.caption.engine,
         )
         # All captions of an image start from one noise: what is left of the reward's spread is the captions' own.
         noise = [derive_seed(config.seed, self.name, "noise", step, e.id) for e in examples for _ in range(size)]
@@ -70,7 +79,7 @@ class GenerationForUnderstanding:
             metrics["reward_similarity"] = rewards.mean()
             rewards = rewards - config.reward.token_penalty * (lengths - config.reward.free_tokens).clamp(min=0)
         rollout = CaptionRollout(
-            prompt,
+            prompt.repeat(size),
             captions,
             advantages=group_advantages(rewards, size, scale=settings.scale_advantages),
             old_logprobs=torch.empty(captions.ids.shape, device=rewards.device),
@@ -79,7 +88,8 @@ class GenerationForUnderstanding:
                 **reward_metrics(rewards, size),
                 **metrics,
                 **sampler_metrics(config),
-                "completions/mean_length": lengths.mean(),
+                **caption_metrics(captions, models.encoder.eos_id),
+                "completions/unique": torch.tensor(len(set(zip(captions.texts, noise, strict=True))) / len(noise)),
             },
         )
         # Scored in the update's micro-batches, by the update's own code: its first ratio is exactly 1.
@@ -88,6 +98,7 @@ class GenerationForUnderstanding:
             rollout.old_logprobs[rows] = self.logprobs(rollout, rows, "policy")
             if rollout.ref_logprobs is not None:
                 rollout.ref_logprobs[rows] = self.logprobs(rollout, rows, "reference")
+        rollout.metrics |= sampling_metrics(captions, rollout.old_logprobs)
         return rollout
 
     def logprobs(self, rollout: CaptionRollout, rows: slice, role: str) -> Tensor:

@@ -15,7 +15,7 @@ from ..models import Models
 from ..rollout.captions import sample_captions
 from ..rollout.renders import Guidance, Trajectory, sde_window
 from ..seeds import derive_seed
-from . import Metrics, judge, policy_metrics, reward_metrics, sampler_metrics
+from . import Metrics, caption_metrics, judge, policy_metrics, reward_metrics, sampler_metrics
 
 
 @dataclass
@@ -57,6 +57,7 @@ class UnderstandingForGeneration:
             [self.seed("caption", example.id) for example in examples],
             temperature=config.caption.temperature,
             max_new_tokens=config.caption.max_new_tokens,
+            engine=config.caption.engine,
         )
         last_start = settings.window_end - settings.window
         start = self.seed("window", step) % (last_start + 1)
@@ -90,7 +91,7 @@ class UnderstandingForGeneration:
                 **reward_metrics(rewards, size),
                 **metrics,
                 **sampler_metrics(config),
-                "completions/mean_length": captions.mask.sum(1).float().mean(),
+                **caption_metrics(captions, models.encoder.eos_id),
                 "clip_range_nats": torch.tensor(settings.clip_range * trajectory.latents[0].numel()),
             },
         )

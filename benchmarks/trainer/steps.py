@@ -18,6 +18,7 @@ from uae_fast.run import Position
 from uae_fast.speed import Speed
 from uae_fast.trainer import take_step
 
+from ..kernels import harness
 from ..kernels.harness import Contestant, Entry, WrongResults, explain, peak_and_flops
 from ..rows import OURS, Row
 from .contests import NEEDS_A_GPU, TINY, Case
@@ -48,13 +49,14 @@ def contestants(case: Case) -> list[Contestant]:
     return [Contestant(f"{NAME}, stage {case.stage}", lambda given: given)]
 
 
-class Contest:
+class Contest(harness.Contest):
     """One contestant: the trainer."""
 
     def __init__(self, op: ModuleType, case: Case):
         self.case, self.found = case, list[dict[str, float]]()
         (contestant,) = op.contestants(case)
         self.entry = Entry(contestant)
+        self.entries = {str(contestant): self.entry}
         if case.preset != TINY and case.device != "cuda":
             self.entry.reason = NEEDS_A_GPU
             return
@@ -68,30 +70,24 @@ class Contest:
     def time(self, key: str, benchmark: Any) -> str | None:
         if self.entry.reason:
             return self.entry.reason
-        benchmark.pedantic(
-            lambda: self.found.append(self.taker.take()), rounds=1 if self.case.quick else 3, warmup_rounds=0
-        )
+        rounds = 1 if self.case.quick else 3
+        benchmark.pedantic(lambda: self.found.append(self.taker.take()), rounds=rounds)
         self.entry.times += benchmark.stats.stats.data
         return None
 
     def rows(self, environment: Row) -> list[Row]:
-        case, entry = self.case, self.entry
-        times = [1e3 * seconds for seconds in entry.times]
-        fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+        if not self.found and not self.entry.reason:
+            return []
         names = sorted({name for values in self.found for name in values})
-        measured = {name: statistics.median(values[name] for values in self.found) for name in names}
-        row = {
-            "op": case.op, "variant": case.variant, "contestant": entry.contestant.name, "config": {},
-            "N": case.N, "H": None, "V": None, "B": None, "T": None, "dtype": case.precision,
-            "preset": case.preset, "stage": case.stage,
-            "median_ms": statistics.median(times) if times else None,
-            "p20_ms": fifths[0] if times else None, "p80_ms": fifths[3] if times else None,
-            "rounds": len(times), "calls": 1, "peak_bytes": entry.peak_bytes, "flops": entry.flops,
-            "peak_gb": measured.get("memory/peak_gb"), "errors": {}, "reason": entry.reason,
-            "seconds": {name[8:]: value for name, value in measured.items() if name.startswith("seconds/")},
-            **{name: measured.get(name) for name in ("images_per_second", "tokens_per_second", "mfu")},
-        }  # fmt: skip
-        return [row | environment] if times or entry.reason else []
+        medians = {name: statistics.median(values[name] for values in self.found) for name in names}
+        own = {
+            "preset": self.case.preset,
+            "stage": self.case.stage,
+            "seconds": {name[8:]: value for name, value in medians.items() if name.startswith("seconds/")},
+            "peak_gb": medians.get("memory/peak_gb"),
+            **{name: medians.get(name) for name in ("images_per_second", "tokens_per_second", "mfu")},
+        }
+        return [self._row(self.entry) | own | environment]
 
 
 class Taker:

@@ -88,6 +88,14 @@ def test_sequence_ratios_temperature_and_estimator_are_trls(prepared, mode):
     assert loss == pytest.approx(expected, rel=BOUND, abs=1e-6) and worst < BOUND  # a group's advantages add up to 0
 
 
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_captions_in_rows_of_their_own_are_trls(prepared, mode):
+    """The other tests' share their prompt."""
+    assert prepared(mode)[0].stage.settings.shared_prefix
+    loss, expected, worst, _ = compared(prepared, mode, shared_prefix=False)
+    assert loss == pytest.approx(expected, rel=BOUND) and worst < BOUND
+
+
 def test_another_formula_would_be_seen(prepared):
     """Of what TRL is told, one thing at a time is not so here: each is far beyond the bound."""
     ready, rollout = prepared("full")

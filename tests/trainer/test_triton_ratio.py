@@ -1,4 +1,4 @@
-"""Stage 3 on the Triton path, in Triton's interpreter: what the rollout stores is what the update computes."""
+"""Stages 2 and 3 by Triton, in its interpreter: what the rollout stores is what the update computes."""
 
 import sys
 
@@ -47,3 +47,21 @@ def test_the_first_ratio_is_exactly_one(world, small_config, launched, mode):
     assert sum(p.grad is not None and p.grad.abs().max() > 0 for p in parameters) >= len(parameters) // 3
     if mode == "lora":
         assert {"gated_residual", "qk_norm"} <= launched
+
+
+def test_the_first_ratio_of_captions_is_exactly_one(world, small_config, launched):
+    """Of a group that shares its prompt."""
+    config = small_config(
+        world, "models.encoder=lora", "caption.max_new_tokens=4", "stage2.images=1", "stage2.group_size=2", "stage2.micro_batch=2",
+        "same_sampler.accelerate=false", "render.batch=2", "data.resolution=16",
+    )  # fmt: skip
+    models = load_models(config)
+    stage = STAGES[2](config, models)
+    parameters = [parameter for group in stage.groups() for parameter in group["params"]]
+    rollout = stage.rollout(ImageFolder(config.data.train, "data.train").batch(0, 1, config.seed, "stage2"), 0)
+    rollout.advantages += 1
+    loss, metrics = stage.loss(rollout, slice(0, 2))
+    assert metrics["ratio/mean"].item() == metrics["ratio/max"].item() == 1.0
+    loss.backward()
+    assert sum(p.grad is not None and p.grad.abs().max() > 0 for p in parameters) >= len(parameters) // 3
+    assert "shared_prefix_attention" in launched

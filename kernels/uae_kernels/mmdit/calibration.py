@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference.mmdit.fp8 import LARGEST, SMALLEST_SCALE
+from .modulation_table import ModulationTable
 from .patch import accelerate_sd3, restore_sd3
 from .products import Fp8Calibration, Fp8InUse, check_products, fingerprint, products, static
 
@@ -23,6 +24,7 @@ def calibrate(
     margin: float = 1.5,
     threshold: float = 0.02,
     sweep: int = 2,
+    modulation_table: ModulationTable | None = None,
     attention: str = "auto",
     progress: Callable[[], None] | None = None,
 ) -> Fp8Calibration:
@@ -39,7 +41,7 @@ def calibrate(
             nothing by it but the smallest of them.
         threshold: the most that one product may move the velocity, relative to the velocity's norm.
         sweep: how many of the runs, evenly spread, the products are tried in: a forward pass each for each product.
-        attention: as of `accelerate_sd3`.
+        modulation_table, attention: as of `accelerate_sd3`.
         progress: called after every forward pass; there are `passes(transformer, runs, sweep)` of them.
 
     Returns:
@@ -53,7 +55,7 @@ def calibrate(
         raise ValueError("calibrate: no runs")
     levels = [_level(run["timestep"]) for run in runs]
     check_products(transformer)
-    accelerate_sd3(transformer, attention=attention)
+    accelerate_sd3(transformer, modulation_table=modulation_table, attention=attention)
     try:
         scales, timesteps = _scales(transformer, runs, levels, margin, progress)
         tried = [runs[(2 * i + 1) * len(runs) // (2 * sweep)] for i in range(min(sweep, len(runs)))]

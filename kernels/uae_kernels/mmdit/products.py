@@ -36,7 +36,7 @@ def products(transformer: Any) -> dict[str, list[nn.Linear]]:
     found = {}
     for i, block in enumerate(transformer.transformer_blocks):
         for name, paths in LAYERS.items():
-            layers = [_at(block, path) for path in paths]
+            layers = [at(block, path) for path in paths]
             if layers[0] is not None:
                 found[f"transformer_blocks.{i}.{name}"] = [base(layer) for layer in layers]
     return found
@@ -63,7 +63,8 @@ def check_products(transformer: Any) -> None:
                 )
 
 
-def _at(block: Any, path: str) -> Any:
+def at(block: Any, path: str) -> Any:
+    """A block's part, None where it has none."""
     for name in path.split("."):
         block = None if block is None else getattr(block, name, None) if not name.isdigit() else block[int(name)]
     return block

@@ -154,8 +154,9 @@ class Predictor:
         self.config = copy.deepcopy(config)
         self.config.device, self.config.models.load, self.config.models.start = "meta", "dummy", ""
         self.config.models.encoder_quantization = self.config.models.decoder_quantization = "none"
-        self.config.models.offload = self.config.same_sampler.accelerate = self.config.same_sampler.graph = False
-        self.config.same_sampler.attention = "auto"
+        sampler = self.config.same_sampler
+        self.config.models.offload = sampler.accelerate = sampler.graph = sampler.fp8 = False
+        sampler.attention = "auto"
         # Sampler steps with gradients are computed again one by one: all but one keep no more than their latents.
         self.config.stage1.sampler_steps = self.config.stage1.backprop_last_steps = 1
         self.prompt_length = image_tokens(config, find_sources(config).encoder)

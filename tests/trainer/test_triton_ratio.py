@@ -52,8 +52,8 @@ def test_the_first_ratio_is_exactly_one(world, small_config, launched, mode):
 def test_the_first_ratio_of_captions_is_exactly_one(world, small_config, launched):
     """Of a group that shares its prompt."""
     config = small_config(
-        world, "models.encoder=lora", "caption.max_new_tokens=4", "stage2.images=1", "stage2.group_size=2", "stage2.micro_batch=2",
-        "same_sampler.accelerate=false", "render.batch=2", "data.resolution=16",
+        world, "models.encoder=lora", "caption.max_new_tokens=4", "same_sampler.accelerate=false", "render.batch=2",
+        "data.resolution=16", "stage2.images=1", "stage2.group_size=2", "stage2.micro_batch=2",
     )  # fmt: skip
     models = load_models(config)
     stage = STAGES[2](config, models)

@@ -396,6 +396,7 @@ def run_tiny_pretrain(arguments: argparse.Namespace) -> int:
 
 def sampler_line(config: Config) -> str:
     """How images will be drawn: what computes them, and what makes them another sampler's."""
+    import torch
     from uae_kernels.mmdit.joint_attention import check_backend
 
     from .config import ConfigError, accelerated, cheaper
@@ -406,6 +407,9 @@ def sampler_line(config: Config) -> str:
     except RuntimeError as error:
         raise ConfigError([f"same_sampler.attention: {error}"]) from None
     line = f"decoder: accelerated, attention by {attention}" if accelerated(config) else "decoder: by diffusers"
+    if sampler.fp8:
+        emulated = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+        line += ", products in fp8 where it is frozen" + (" (emulated)" if emulated else "")
     if sampler.accelerate and config.models.offload:
         line += ", because of models.offload"
     changed = ", ".join(f"{key} {value}" for key, value in cheaper(config).items())

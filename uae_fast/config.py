@@ -129,6 +129,10 @@ class SameSamplerConfig:
     attention: Literal["auto", "sdpa", "segments", "flash-attn", "xformers"] = "auto"
     """What computes the accelerated decoder's attention; auto is torch's `scaled_dot_product_attention`, segments is
     `uae_kernels.segment_attention`, which joins no copies of image and text."""
+    fp8: bool = False
+    """Products of the frozen decoder in 8-bit floating-point numbers (e4m3), in stage 2 and evaluation; not the same
+    images up to rounding: within the error that is measured when it is calibrated, at its first drawing. A GPU of
+    compute capability 8.9 or newer; a CPU emulates it."""
     decode_batch: int = 0
     """Latents turned into images at once, a short batch padded to it; 0 is render.batch."""
 
@@ -635,6 +639,23 @@ def invariants(config: Config) -> list[tuple[str, str]]:
         f"must ascend and lie between 1 and {steps - 1}, the last step: "
         f"{'cheaper_sampler' if cheap.steps else 'render'}.steps = {steps}",
     )
+    if c.same_sampler.fp8:
+        need(
+            accelerated(c),
+            "same_sampler.fp8",
+            "is of the accelerated decoder alone; "
+            + ("models.offload is true" if c.models.offload else "same_sampler.accelerate is false"),
+        )
+        need(
+            c.models.decoder_quantization == "none",
+            "same_sampler.fp8",
+            f"takes weights as they are; models.decoder_quantization is {c.models.decoder_quantization}",
+        )
+        need(
+            c.device.partition(":")[0] in ("auto", "cuda", "cpu"),
+            "same_sampler.fp8",
+            f"runs on a GPU by CUDA, or emulated on a CPU; device is {c.device}",
+        )
     need(c.stage1.sampler_steps >= 1, "stage1.sampler_steps", "at least 1")
     need(
         1 <= c.stage1.backprop_last_steps <= c.stage1.sampler_steps,

@@ -19,6 +19,7 @@ from .evaluate.heldout import Evaluator
 from .guards import Interrupted, fetch, non_finite, shrink_micro_batch, stop_requests
 from .identity import differences, machine, run_identity
 from .logging import ProgressLine, RunLog, progress_words
+from .models.fp8 import NAME as FP8_NAME
 from .models.loading import load_models
 from .models.sources import find_sources
 from .optim import RunningMean, build_optimizer, optimizer_tensors, restore_optimizer, warm_up
@@ -81,6 +82,7 @@ def train(config: Config, *, resume: bool = False, force: Sequence[str] = ()) ->
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
     models = load_models(config)
+    models.decoder.fp8_file = folder / FP8_NAME
     models.encoder.freeze_reader()
     if start is not None:
         load_checkpoint(start, models)

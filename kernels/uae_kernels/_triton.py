@@ -101,6 +101,24 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @jit()
+def e4m3(x):
+    """fp32 x as an e4m3 number, rounded to nearest; what lies beyond ±448 becomes that."""
+    if _INTERPRETED:  # it would cut the bits off, and let large numbers wrap around
+        size = tl.abs(x)
+        bits = size.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        subnormal = ((size + 24576.0 - 24576.0) * 512).to(tl.int32)  # in steps of 2⁻⁹
+        code = tl.minimum(tl.where(size < 0.015625, subnormal, normal), 0x7E)
+        code = tl.where(x == x, code, 0x7F) | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
+        return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    # Triton's own conversion rounds twice on sm_89: to fp16 first
+    code = tl.inline_asm_elementwise(
+        "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;", "=h,r,r", [x], dtype=tl.uint8, is_pure=True, pack=2
+    )
+    return code.to(tl.float8e4nv, bitcast=True)
+
+
+@jit()
 def log1p(x):
     """log(1 + x) for x ≥ 0 without the cancellation of small x: 2·atanh(x/(2 + x)) as a series up to 0.5."""
     s = x / (2 + x)

@@ -26,6 +26,7 @@ from uae_kernels import _triton
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 MATRIX_CAPABILITIES = CAPABILITIES[1:]
+FP8_CAPABILITIES = CAPABILITIES[3:]
 # Shared memory one block may use, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability"
 SHARED_LIMIT = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}

@@ -20,7 +20,7 @@ from uae_kernels import (
     shared_prefix_attention,
     token_logprobs,
 )
-from uae_kernels.mmdit import Projections, Stream, gated_residual, qk_norm
+from uae_kernels.mmdit import Projections, Stream, gated_residual, qk_norm, quantize_rows
 
 Inputs = dict[str, Tensor]
 
@@ -175,6 +175,19 @@ def residuals(impl: str, image: Tensor, text: Tensor, rows: Tensor, bias: Tensor
     return gradients([part for stream in made for part in (stream.x, *stream.normalized)], leaves)
 
 
+@torch.no_grad()
+def in_e4m3(impl: str, image: Tensor, text: Tensor, rows: Tensor, bias: Tensor) -> list[Tensor]:
+    parts = rows.chunk(6, 1)
+    streams = gated_residual(
+        Stream(image, (parts[:2], parts[2:4]), ((image.flip(1), parts[4], bias),), ("fp8", "both")),
+        Stream(text, (parts[1:3],), ((text.flip(1), parts[0], None),), ("fp8",)),
+        impl=impl,
+    )
+    made = [normal for stream in streams for normal in stream.normalized]
+    made += [quantize_rows(image, impl=impl), quantize_rows(text, scale=bias[:2].abs() + 1, gelu=True, impl=impl)]
+    return [x for rows in made for x in (rows.values.float(), rows.scales)]
+
+
 def projections(device: str, rows: int) -> Inputs:
     shapes = {"image": (2, rows, 72), "text": (2, 3, 72), "weights": (4, 8)}
     return {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
@@ -221,6 +234,7 @@ CASES: dict[str, tuple[Callable[[str, int], Inputs], Callable[..., list[Tensor]]
     "flow_step": (latents, policy_step),
     "flow_grpo_loss": (latents, policy_step_loss),
     "gated_residual": (streams, residuals),
+    "gated_residual and quantize_rows in e4m3": (streams, in_e4m3),
     "qk_norm": (projections, heads),
     "segment_attention": (segments, joint),
     "shared_prefix_attention": (continuations, behind_a_prefix),

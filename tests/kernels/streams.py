@@ -16,12 +16,14 @@ def leaves(made):
     """The tensors of (nested) streams, in order."""
     if isinstance(made, torch.Tensor):
         return [made]
-    return [] if made is None else [x for part in made for x in leaves(part)]
+    return [] if made is None or isinstance(made, str) else [x for part in made for x in leaves(part)]
 
 
 def mapped(made, function):
-    if made is None or isinstance(made, torch.Tensor):
-        return None if made is None else function(made)
+    if made is None or isinstance(made, str):  # a normal's form
+        return made
+    if isinstance(made, torch.Tensor):
+        return function(made)
     parts = [mapped(part, function) for part in made]
     return type(made)(*parts) if hasattr(made, "_fields") else type(made)(parts)
 

@@ -9,14 +9,15 @@ from collections import defaultdict
 from importlib import import_module
 
 import pytest
-from launches import CAPABILITIES, MATRIX_CAPABILITIES, SHARED_LIMIT, recorded, variants
+from launches import CAPABILITIES, FP8_CAPABILITIES, MATRIX_CAPABILITIES, SHARED_LIMIT, recorded, variants
 
 OPS = [
-    "advantages", "flow_grpo_loss", "flow_step", "gated_residual", "grpo_loss", "linear_logprobs", "qk_norm",
+    "advantages", "flow_grpo_loss", "flow_step", "fp8", "gated_residual", "grpo_loss", "linear_logprobs", "qk_norm",
     "segment_attention", "shared_prefix_attention", "token_logprobs",
 ]  # fmt: skip
 PRODUCTS = ["linear_logprobs", "segment_attention", "shared_prefix_attention"]
-CASES = [(op, cap) for op in OPS for cap in (MATRIX_CAPABILITIES if op in PRODUCTS else CAPABILITIES)]
+SHIPS_FOR = dict.fromkeys(PRODUCTS, MATRIX_CAPABILITIES) | {"fp8": FP8_CAPABILITIES}
+CASES = [(op, capability) for op in OPS for capability in SHIPS_FOR.get(op, CAPABILITIES)]
 
 
 @pytest.mark.parametrize("op, capability", CASES)
@@ -30,12 +31,24 @@ def test_compiles_within_the_chips_limits(op, capability):
             str(kind[0]).removeprefix("tensordesc<").lstrip("*")[:4] in ("bf16", "fp16")
             for kind in launch.specialization
         )
-        if halves and op in ("gated_residual", "qk_norm"):
+        if halves and op in ("fp8", "gated_residual", "qk_norm"):
             assert re.search(r"ld\.global\S*\.v4", ptx), f"{where} does not load 16 bytes at a time"
+        if op == "fp8":
+            assert "cvt.rn.satfinite.e4m3x2.f32" in ptx, f"{where} does not round to e4m3 in hardware"
+            assert "st.global.b8" not in ptx, f"{where} stores e4m3 numbers one by one"
         if " = tt.dot" in launch.compiled.asm["ttir"]:
             assert halves or ".tf32" not in ptx, f"{where} rounds fp32 to tf32"
             if capability == 90 and halves:
                 assert "wgmma" in ptx, f"{where} does not use wgmma"
+
+
+@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if c not in FP8_CAPABILITIES])
+def test_e4m3_is_not_compiled_for_older_gpus(capability):
+    with recorded(capability) as launches:
+        for _, call in import_module("test_triton_fp8").calls():
+            with pytest.raises(RuntimeError, match=f"8.9 or newer .* this GPU has {capability / 10}: use fp8=False"):
+                call()
+    assert not launches
 
 
 @pytest.mark.parametrize("op", OPS)

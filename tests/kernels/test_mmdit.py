@@ -323,7 +323,6 @@ def test_the_backend_is_logged_once(caplog):
 
 
 REFUSED = {
-    "fp8": (lambda m: accelerate_sd3(m, fp8=True), ValueError, "fp8=False"),
     "backend": (lambda m: accelerate_sd3(m, attention="fast"), ValueError, "sdpa, segments, flash-attn, xformers"),
     "twice": (lambda m: accelerate_sd3(accelerate_sd3(m)), ValueError, "accelerated already"),
     "another model": (lambda m: accelerate_sd3(m.transformer_blocks), TypeError, "got ModuleList"),

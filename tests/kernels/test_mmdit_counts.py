@@ -119,6 +119,20 @@ def test_parameters_on_the_device(meta_table):
     assert table.values.nbytes < 0.09e9 and resident + table.values.nbytes < 10.85e9
 
 
+def test_parameters_on_the_device_in_fp8(meta_table):
+    """The same with its blocks' products in e4m3: their numbers, a scale a row, and what is not theirs."""
+    model = build("large", 38)
+    accelerate_sd3(model, fp8=True, modulation_table=meta_table(model))
+    state = model._uae
+    waiting = {id(p) for layer in state.table.waiting for p in layer.parameters()}
+    waiting |= {id(layer.weight) for layer in state.fp8.layers()}
+    resident = sum(p.nbytes for p in model.parameters() if id(p) not in waiting)
+    weights = [product.weight for product in state.fp8.products]
+    assert {(w.values.dtype, w.scales.dtype) for w in weights} == {(torch.float8_e4m3fn, torch.float32)}
+    quantised = sum(w.values.nbytes + w.scales.nbytes for w in weights)
+    assert sum(w.values.numel() for w in weights) > 5.3e9 and quantised + resident <= 5.6e9
+
+
 @pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("kind", list(sd3.FAMILY))
 def test_the_profiler_sees_nothing_else(kind, accelerated):

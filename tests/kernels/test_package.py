@@ -29,15 +29,21 @@ def test_public_names():
         assert getattr(reference, name).__module__ == f"uae_kernels.reference.{file}"
 
 
-MMDIT = ["gated_residual", "layer_norm_modulate", "qk_norm"]  # the ops of uae_kernels.mmdit that have a definition
+MMDIT = [
+    "gated_residual",
+    "layer_norm_modulate",
+    "qk_norm",
+    "quantize_rows",
+]  # the ops of uae_kernels.mmdit that have a definition
 
 
 def test_public_names_of_mmdit():
     assert uae_mmdit.__all__ == sorted(
-        ["Modulated", "ModulationTable", "Projections", "Stream", "accelerate_sd3", "joint_attention", *MMDIT,
-         "restore_sd3"]
+        ["Fp8Calibration", "Modulated", "ModulationTable", "Projections", "Quantized", "Stream", "accelerate_sd3",
+         "calibrate", "fp8_linear", "joint_attention", *MMDIT, "restore_sd3"]
     )  # fmt: skip
-    assert mmdit_definitions.__all__ == MMDIT
+    assert mmdit_definitions.__all__ == sorted(["fp8_linear", *MMDIT])
+    assert inspect.signature(uae_mmdit.fp8_linear) == inspect.signature(mmdit_definitions.fp8_linear)
     for name in uae_mmdit.__all__:
         assert getattr(uae_mmdit, name).__doc__
 
@@ -70,6 +76,7 @@ CALLS = {
     "flow_step": lambda f, impl: f(torch.rand(2, 3), torch.rand(2, 3), 0.9, 0.8, seed=1, impl=impl).mean,
     "gated_residual": lambda f, impl: f(Stream(torch.rand(1, 2, 3), ((torch.rand(1, 3),) * 2,)), impl=impl)[0].x,
     "layer_norm_modulate": lambda f, impl: f(torch.rand(1, 2, 3), torch.rand(1, 3), torch.rand(1, 3), impl=impl),
+    "quantize_rows": lambda f, impl: f(torch.rand(2, 3), impl=impl).scales,
     "qk_norm": lambda f, impl: f(Projections(*torch.rand(3, 1, 2, 4)), heads=2, impl=impl)[0],
     "flow_grpo_loss": lambda f, impl: (
         f(*(torch.rand(2, 3) for _ in range(3)), torch.rand(2), torch.rand(2), 0.9, 0.8, impl=impl).loss
@@ -115,7 +122,8 @@ assert not others, others
 
 def test_the_readme_names_every_function_and_its_example_runs(capsys):
     card = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
-    listed = [*FUNCTIONS, *MMDIT, "joint_attention", "ModulationTable", "accelerate_sd3", "restore_sd3"]
+    others = ["joint_attention", "ModulationTable", "accelerate_sd3", "calibrate", "fp8_linear", "restore_sd3"]
+    listed = [*FUNCTIONS, *MMDIT, *others]
     assert [name for name in listed if f"| `{name}(" not in card] == []
     (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     names = {}

@@ -34,7 +34,7 @@ def shapes(models, monkeypatch):
         return transformer(*arguments, **given)
 
     transformer = models.decoder.transformer.forward
-    monkeypatch.setattr(models.decoder, "_use_table", lambda wanted: None)  # puts another forward in its place
+    monkeypatch.setattr(models.decoder, "_use_table", lambda *_: None)  # puts another forward in its place
     monkeypatch.setattr(models.decoder.transformer, "forward", forward)
     return seen
 

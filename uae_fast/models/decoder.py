@@ -6,12 +6,14 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .batches import by_length, in_batches
+from .fp8 import calibrate_transformer, load_calibration, save_calibration
 
 LORA_TARGETS = [
     "to_q",
@@ -54,7 +56,15 @@ class Decoder(nn.Module):
         self._schedules: dict[int, Tensor] = {}
         self._tabulated: list[Tensor] = []  # the schedules that have a table
         self._table: Any = None  # a ModulationTable
-        self._uses_table = self._modulations_train = False
+        self._modulations_train = False
+        self.fp8 = False  # whether a frozen transformer draws in fp8
+        self.fp8_file: Path | None = None  # where its calibration is looked for
+        self.fp8_calibrates = True  # whether one is made, and kept there, where there is none; else tokens have scales
+        self._calibration: Any = None  # an Fp8Calibration
+        self._calibrated: Tensor | None = None  # the schedule it is for
+        self._runs: list[dict[str, Any]] | None = None  # what the transformer is given, while that is recorded
+        self._uses_table = self._uses_fp8 = False  # the accelerated transformer, as it is now
+        self._frozen, self._asked = True, False  # whether fp8_file was asked for a calibration
         for part in filter(None, (vae, vae_tiny)):
             part.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
@@ -80,28 +90,40 @@ class Decoder(nn.Module):
 
     # ---- how fast it computes: the same numbers up to rounding ------------------------------------------------------
 
-    def accelerate(self, attention: str = "auto", schedules: Sequence[int] = ()) -> None:
+    def accelerate(self, attention: str = "auto", schedules: Sequence[int] = (), fp8: bool = False) -> None:
         """From now on the transformer computes by `uae_kernels.mmdit`; parameters and their names stay as they are.
 
         While nothing that makes modulations trains, and unless their layers are quantised, a table holds them for the
         levels of `schedules`, and their layers' weights wait in the host's memory. It is made when it is first needed,
         and anew after training.
 
+        With `fp8` the same goes for the products of a frozen transformer and their weights, at the levels of the
+        schedule it is calibrated for (`calibrate`), and at any where it draws without calibration. What trains, its
+        samples and its log-probs are computed with the weights themselves, which are put back for it.
+
         Args:
             attention: the backend, see `uae_kernels.mmdit.joint_attention`.
             schedules: numbers of steps. The table serves the elements of what `sigmas` gives for them; at any other
                 level modulations are computed.
+            fp8: whether it draws in fp8 while it is frozen.
+
+        Raises:
+            RuntimeError: fp8 on a GPU older than sm_89, or a backend that is not installed.
         """
         from uae_kernels.mmdit import accelerate_sd3
         from uae_kernels.mmdit.modulation_table import modulation_layers
+        from uae_kernels.mmdit.products import check_products
 
+        if fp8:
+            check_products(self.transformer)
         accelerate_sd3(self.transformer, attention=attention)
-        self.attention = attention
+        self.attention, self.fp8 = attention, fp8
         plain = all(type(layer) is nn.Linear for layer in modulation_layers(self.transformer).values())
         self._tabulated = [self.sigmas(steps) for steps in dict.fromkeys(schedules)] if plain else []
 
-    def _use_table(self, wanted: bool) -> None:
-        if wanted == self._uses_table:
+    def _use_table(self, wanted: bool, fp8: bool = False) -> None:
+        """Has a table stand in for the modulations, and the products computed in fp8, or not."""
+        if (wanted, fp8) == (self._uses_table, self._uses_fp8):
             return
         from uae_kernels.mmdit import ModulationTable, accelerate_sd3, restore_sd3
 
@@ -111,17 +133,69 @@ class Decoder(nn.Module):
             self._table = ModulationTable(self.transformer, times, self.pooled.to(self.dtype))
         accelerate_sd3(
             self.transformer,
+            fp8=(self._calibration or True) if fp8 else False,
             modulation_table=self._table if wanted else None,
             attention=self.attention or "auto",
         )
-        self._uses_table = wanted
+        self._uses_table, self._uses_fp8 = wanted, fp8
+
+    def _in_fp8(self, sigma: Tensor) -> bool:
+        """Whether σ is drawn at in fp8."""
+        if not (self.fp8 and self._frozen) or self._runs is not None:
+            return False
+        if self._calibration is None:
+            return not self.fp8_calibrates
+        return sigma.dim() == 0 and _part_of(sigma, self._calibrated)
+
+    def wants_calibration(self, steps: int) -> bool:
+        """Whether to record drawings of this schedule for `calibrate` before any is drawn in fp8.
+
+        A calibration that lies in `fp8_file` for the transformer as it is now is taken from there.
+        """
+        if not (self.fp8 and self._frozen) or self._runs is not None:
+            return False
+        sigmas = self.sigmas(steps)
+        if self._calibration is not None and _part_of(sigmas, self._calibrated):
+            return False
+        if self.fp8_file is not None and self.fp8_file.is_file() and (self.fp8_calibrates or not self._asked):
+            self._asked = True
+            try:
+                made = load_calibration(self.fp8_file, self.transformer, self._timesteps(sigmas[:-1]))
+                self._calibration, self._calibrated = made, sigmas
+                return False
+            except ValueError as error:
+                print(f"fp8: {error}", flush=True)
+        return self.fp8_calibrates
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[dict[str, Any]]]:
+        """Within, what the transformer is given is kept in a list, for `calibrate`, and nothing is drawn in fp8."""
+        self._runs = []
+        try:
+            yield self._runs
+        finally:
+            self._runs = None
+
+    def calibrate(self, runs: Sequence[dict[str, Any]], steps: int) -> None:
+        """Fits fp8's scales to drawings of a schedule, and keeps them in `fp8_file`."""
+        from uae_kernels.mmdit import accelerate_sd3, restore_sd3
+
+        table, attention = self._table if self._uses_table else None, self.attention or "auto"
+        restore_sd3(self.transformer)
+        try:
+            self._calibration = calibrate_transformer(self.transformer, runs, table, attention)
+        finally:
+            accelerate_sd3(self.transformer, attention=attention)
+            self._uses_table = False
+        self._calibrated = self.sigmas(steps)
+        if self.fp8_file is not None:
+            save_calibration(self.fp8_file, self._calibration)
 
     def _in_table(self, sigma: Tensor) -> bool:
         """Whether a table serves σ, told from where σ lies: its value stays on the device."""
         if self._modulations_train or sigma.dim():
             return False
-        place = sigma.untyped_storage().data_ptr()
-        return any(place == sigmas.untyped_storage().data_ptr() for sigmas in self._tabulated)
+        return any(_part_of(sigma, sigmas) for sigmas in self._tabulated)
 
     # ---- what trains ------------------------------------------------------------------------------------------------
 
@@ -139,9 +213,13 @@ class Decoder(nn.Module):
             self.freeze()
 
     def trainable(self) -> list[nn.Parameter]:
-        """Makes the policy trainable and returns its parameters: the adapter's, or the whole transformer's."""
+        """Makes the policy trainable and returns its parameters: the adapter's, or the whole transformer's.
+
+        Until `freeze` nothing is computed in fp8.
+        """
+        self._use_table(self._uses_table and self.has_adapter)
+        self._frozen, self._calibration, self._asked = False, None, False
         if not self.has_adapter:
-            self._use_table(False)
             self._table, self._modulations_train = None, True
         parameters = [p for name, p in self.transformer.named_parameters() if not self.has_adapter or ".lora_" in name]
         for parameter in parameters:
@@ -155,7 +233,7 @@ class Decoder(nn.Module):
 
     def freeze(self) -> None:
         """Nothing of the decoder trains."""
-        self._modulations_train = False
+        self._modulations_train, self._frozen = False, True
         self.transformer.requires_grad_(False)
 
     def keep_reference(self) -> None:
@@ -203,17 +281,19 @@ class Decoder(nn.Module):
                 padded to B rows.
         """
         if self.attention is not None:
-            self._use_table(self._in_table(sigma))
+            self._use_table(self._in_table(sigma), self._in_fp8(sigma))
         dtype, time = self.dtype, self._timesteps(sigma)
 
         def compute(c: Tensor, x: Tensor, t: Tensor) -> Tensor:
-            return self.transformer(
-                hidden_states=x.to(dtype),
-                encoder_hidden_states=c.to(dtype),
-                pooled_projections=self.pooled.to(dtype).expand(len(t), -1),
-                timestep=t,
-                return_dict=False,
-            )[0]
+            given = {
+                "hidden_states": x.to(dtype),
+                "encoder_hidden_states": c.to(dtype),
+                "pooled_projections": self.pooled.to(dtype).expand(len(t), -1),
+                "timestep": t,
+            }
+            if self._runs is not None:
+                self._runs.append(given)
+            return self.transformer(**given, return_dict=False)[0]
 
         if time.dim():
             return by_length(lambda *rows: in_batches(compute, len(latents), *rows), lengths, context, latents, time)
@@ -233,3 +313,8 @@ class Decoder(nn.Module):
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         latents = latents.to(vae.dtype, memory_format=torch.channels_last)
         return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+
+def _part_of(sigma: Tensor, sigmas: Tensor | None) -> bool:
+    """Whether σ lies in a schedule's memory."""
+    return sigmas is not None and sigma.untyped_storage().data_ptr() == sigmas.untyped_storage().data_ptr()

@@ -26,6 +26,7 @@ from . import Models
 from .decoder import Decoder
 from .dummy import dummy_tokenizer, empty, fill
 from .encoder import Encoder
+from .fp8 import NAME as FP8_NAME
 from .offload import Offloader
 from .projector import Projector
 from .quantize import quantize_linears
@@ -69,6 +70,8 @@ def load_models(config: Config) -> Models:
     """
     sources, settings = find_sources(config), config.models
     device = run_device(config)
+    if config.same_sampler.fp8:
+        check_fp8(device)
     seed = derive_seed(config.seed, "dummy") if settings.load == "dummy" else None
 
     def options(trains: str, quantization: str = "none") -> dict[str, Any]:
@@ -130,6 +133,16 @@ def load_models(config: Config) -> Models:
     return models
 
 
+def check_fp8(device: torch.device) -> None:
+    """Raises ConfigError unless products are computed in fp8 on the device, or emulated there."""
+    from uae_kernels.mmdit.fp8 import check_device
+
+    try:
+        check_device("same_sampler.fp8", torch.empty(0, device=device))
+    except RuntimeError as error:
+        raise ConfigError([str(error)]) from None
+
+
 def accelerate_decoder(decoder: Decoder, config: Config) -> None:
     """Puts the fused ops into a decoder that has its place, its adapter and its weights.
 
@@ -138,7 +151,8 @@ def accelerate_decoder(decoder: Decoder, config: Config) -> None:
     """
     try:
         steps = (config.render.steps, config.cheaper_sampler.steps, config.stage1.sampler_steps)
-        decoder.accelerate(config.same_sampler.attention, [number for number in steps if number])
+        schedules = [number for number in steps if number]
+        decoder.accelerate(config.same_sampler.attention, schedules, config.same_sampler.fp8)
     except RuntimeError as error:
         raise ConfigError([f"same_sampler.attention: {error}"]) from None
     except (TypeError, ValueError) as error:
@@ -414,4 +428,5 @@ def load_run(run: Path, at: str | None) -> tuple[Config, Models]:
     if found is not None:
         models.encoder.freeze_reader()
         load_checkpoint(found, models)
+    models.decoder.fp8_file, models.decoder.fp8_calibrates = run / FP8_NAME, False
     return config, models

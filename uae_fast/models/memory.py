@@ -154,7 +154,7 @@ class Predictor:
         self.config = copy.deepcopy(config)
         self.config.device, self.config.models.load, self.config.models.start = "meta", "dummy", ""
         self.config.models.encoder_quantization = self.config.models.decoder_quantization = "none"
-        self.config.models.offload = self.config.same_sampler.accelerate = False
+        self.config.models.offload = self.config.same_sampler.accelerate = self.config.same_sampler.fp8 = False
         self.config.same_sampler.attention = "auto"
         # Sampler steps with gradients are computed again one by one: all but one keep no more than their latents.
         self.config.stage1.sampler_steps = self.config.stage1.backprop_last_steps = 1

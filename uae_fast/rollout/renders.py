@@ -15,6 +15,7 @@ from ..config import Config
 from ..models import Models
 from ..models.batches import by_length, in_batches, pick
 from ..models.decoder import Decoder
+from ..models.fp8 import CAPTIONS
 from ..phases import phase
 
 
@@ -185,6 +186,8 @@ def render(
 ) -> Tensor:
     """Draws one image for each row of `context` with the deterministic sampler.
 
+    A decoder that draws in fp8 and is not calibrated for this is so first, with up to 32 of the rows.
+
     Args:
         decoder: draws.
         context: (B, L, D).
@@ -202,6 +205,13 @@ def render(
         Images (B, 3, resolution, resolution), fp32 in [0, 1].
     """
     sigmas = decoder.sigmas(steps)
+    if decoder.wants_calibration(steps):
+        rows = range(0, len(seeds), -(-len(seeds) // CAPTIONS))
+        few = initial_noise([seeds[i] for i in rows], decoder.latent_shape(resolution), decoder.device)
+        own = None if lengths is None else [lengths[i] for i in rows]
+        with decoder.recorded() as runs:
+            ode_path(decoder, few, pick(context, rows), sigmas, batch, guidance, lengths=own)
+        decoder.calibrate(runs, steps)
     distinct = {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
     noise = initial_noise(list(distinct), decoder.latent_shape(resolution), decoder.device)
     places = [distinct[seed] for seed in seeds]

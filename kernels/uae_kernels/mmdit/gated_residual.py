@@ -4,16 +4,18 @@ One launch for both streams: a program a token. The row stands in registers from
 each tensor is read or written once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._common import with_none, without_none
-from .._triton import fp64, jit, launch, narrow, tl, use_triton
+from .._triton import e4m3, fp64, jit, launch, narrow, tl, use_triton
 from ..reference import mmdit as definitions
-from ..reference.mmdit.gated_residual import Modulated, Stream, check_streams
+from ..reference.mmdit.fp8 import E4M3, Quantized
+from ..reference.mmdit.gated_residual import FORMS, Modulated, Stream, check_streams, forms_of
+from .fp8 import check_device, no_gradient, row_scale
 
 WARPS = 8
 
@@ -31,10 +33,21 @@ def _normal(h, inside, width, eps):
     return centered * rstd, rstd
 
 
+@jit()
+def _store_normal(n, i, at, inside, plain, values, scales):
+    """One row of a normal, in its own dtype and in e4m3 with its scale."""
+    if plain is not None:
+        tl.store(plain + at, narrow(n, plain.dtype.element_ty), mask=inside)
+    if values is not None:
+        scale = row_scale(n)
+        tl.store(scales + i, scale)
+        tl.store(values + at, e4m3(n * tl.math.div_rn(1.0, scale)), mask=inside)
+
+
 @jit("tokens")
 def _forward_row(
-    i, x, y1, gate1, bias1, y2, gate2, bias2, scale1, shift1, scale2, shift2, out, n1, n2, tokens, gate_stride, stride,
-    width, eps, BLOCK: tl.constexpr,
+    i, x, y1, gate1, bias1, y2, gate2, bias2, scale1, shift1, scale2, shift2, out, n1, values1, scales1, n2, values2,
+    scales2, tokens, gate_stride, stride, width, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x' = x + Σ gate·(y + bias), n = LN(x')·(1 + scale) + shift."""
     j = tl.arange(0, BLOCK)
@@ -55,34 +68,36 @@ def _forward_row(
         rounded = narrow(h, out.dtype.element_ty)
         tl.store(out + at, rounded, mask=inside)
         h = rounded.to(tl.float32)
-    if n1 is not None:
+    if scale1 is not None:
         normal, _ = _normal(h, inside, width, eps)
         n = normal * (1 + _load(scale1, rows, inside)) + _load(shift1, rows, inside)
-        tl.store(n1 + at, narrow(n, n1.dtype.element_ty), mask=inside)
-        if n2 is not None:
+        _store_normal(n, i, at, inside, n1, values1, scales1)
+        if scale2 is not None:
             n = normal * (1 + _load(scale2, rows, inside)) + _load(shift2, rows, inside)
-            tl.store(n2 + at, narrow(n, n2.dtype.element_ty), mask=inside)
+            _store_normal(n, i, at, inside, n2, values2, scales2)
 
 
 @jit("tokens_a", "tokens_b", "rows_a")
 def _gated_residual_kernel(
-    x_a, y1_a, gate1_a, bias1_a, y2_a, gate2_a, bias2_a, scale1_a, shift1_a, scale2_a, shift2_a, out_a, n1_a, n2_a,
-    tokens_a, gate_stride_a, stride_a,
-    x_b, y1_b, gate1_b, bias1_b, y2_b, gate2_b, bias2_b, scale1_b, shift1_b, scale2_b, shift2_b, out_b, n1_b, n2_b,
-    tokens_b, gate_stride_b, stride_b,
+    x_a, y1_a, gate1_a, bias1_a, y2_a, gate2_a, bias2_a, scale1_a, shift1_a, scale2_a, shift2_a, out_a, n1_a, values1_a,
+    scales1_a, n2_a, values2_a, scales2_a, tokens_a, gate_stride_a, stride_a,
+    x_b, y1_b, gate1_b, bias1_b, y2_b, gate2_b, bias2_b, scale1_b, shift1_b, scale2_b, shift2_b, out_b, n1_b, values1_b,
+    scales1_b, n2_b, values2_b, scales2_b, tokens_b, gate_stride_b, stride_b,
     rows_a, width, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     if i < rows_a:
         _forward_row(
             i, x_a, y1_a, gate1_a, bias1_a, y2_a, gate2_a, bias2_a, scale1_a, shift1_a, scale2_a, shift2_a, out_a,
-            n1_a, n2_a, tokens_a, gate_stride_a, stride_a, width, eps, BLOCK,
+            n1_a, values1_a, scales1_a, n2_a, values2_a, scales2_a, tokens_a, gate_stride_a, stride_a, width, eps,
+            BLOCK,
         )  # fmt: skip
     else:
         if x_b is not None:
             _forward_row(
                 i - rows_a, x_b, y1_b, gate1_b, bias1_b, y2_b, gate2_b, bias2_b, scale1_b, shift1_b, scale2_b,
-                shift2_b, out_b, n1_b, n2_b, tokens_b, gate_stride_b, stride_b, width, eps, BLOCK,
+                shift2_b, out_b, n1_b, values1_b, scales1_b, n2_b, values2_b, scales2_b, tokens_b, gate_stride_b,
+                stride_b, width, eps, BLOCK,
             )  # fmt: skip
 
 
@@ -166,7 +181,7 @@ def _stride(*rows: Tensor | None) -> int:
     return strides.pop() if strides else 0
 
 
-def _run(kernel: Any, streams: list[_Flat], tensors: list[list[Tensor | None]], eps: float) -> None:
+def _run(kernel: Any, streams: list[_Flat], tensors: list[list[Tensor | None]], eps: float, **options: Any) -> None:
     """Launches `kernel` with its `tensors` of one or two streams."""
     arguments: list[Any] = []
     for stream, own in zip(streams, tensors, strict=True):
@@ -178,22 +193,44 @@ def _run(kernel: Any, streams: list[_Flat], tensors: list[list[Tensor | None]], 
     block = 1 << max(width - 1, 1).bit_length()
     # Twice as many where sm_120 would run out of registers
     wide = block > 2048 and any(stream.y2 is not None for stream in streams)
-    launch(kernel, (sum(rows),), *arguments, rows[0], width, eps, BLOCK=block, num_warps=WARPS << wide)
+    launch(kernel, (sum(rows),), *arguments, rows[0], width, eps, BLOCK=block, num_warps=WARPS << wide, **options)
 
 
 @torch.library.custom_op("uae_kernels::gated_residual", mutates_args=())
-def _forward(tensors: Sequence[Tensor], present: Sequence[bool], eps: float) -> list[Tensor]:
-    """Of each stream in turn: x' if it has a branch, then a normal for each modulation."""
+def _forward(tensors: Sequence[Tensor], present: Sequence[bool], forms: Sequence[int], eps: float) -> list[Tensor]:
+    """Of each stream in turn: x' if it has a branch, then for each modulation a normal, its e4m3 values, their scales.
+
+    Of these three what its form asks for, an index into FORMS, two of a stream.
+    """
     streams = _streams(with_none(tensors, present))
-    made = [[torch.empty_like(s.x) if wanted else None for wanted in s.outputs] for s in streams]
-    _run(_gated_residual_kernel, streams, [[*s, *own] for s, own in zip(streams, made, strict=True)], eps)
+    made = _made(streams, forms)
+    # Left to itself, ptxas spills a register or two of the forms in e4m3 to have one block more resident
+    options = {"maxnreg": 128} if any(forms) else {}
+    _run(_gated_residual_kernel, streams, [[*s, *own] for s, own in zip(streams, made, strict=True)], eps, **options)
     return [x for own in made for x in own if x is not None]
 
 
 @_forward.register_fake
-def _(tensors, present, eps):
+def _(tensors, present, forms, eps):
     streams = _streams(with_none(tensors, present))
-    return [torch.empty_like(stream.x) for stream in streams for wanted in stream.outputs if wanted]
+    return [x for own in _made(streams, forms) for x in own if x is not None]
+
+
+def _made(streams: list[_Flat], forms: Sequence[int]) -> list[list[Tensor | None]]:
+    """Empty outputs of each stream, None where one is not wanted."""
+    made = list[list[Tensor | None]]()
+    for k, stream in enumerate(streams):
+        summed, *modulated = stream.outputs
+        own = [torch.empty_like(stream.x) if summed else None]
+        for wanted, form in zip(modulated, forms[2 * k : 2 * k + 2], strict=True):
+            name, x = FORMS[form] if wanted else "", stream.x
+            own += [
+                torch.empty_like(x) if name in ("plain", "both") else None,
+                torch.empty_like(x, dtype=E4M3) if name in ("fp8", "both") else None,
+                x.new_empty((*x.shape[:2], 1), dtype=torch.float32) if name in ("fp8", "both") else None,
+            ]
+        made.append(own)
+    return made
 
 
 @torch.library.custom_op("uae_kernels::gated_residual_backward", mutates_args=())
@@ -221,7 +258,7 @@ def _(flat, grads, eps):
 
 
 def _setup_context(ctx, inputs, output):
-    tensors, ctx.present, ctx.eps = inputs
+    tensors, ctx.present, _, ctx.eps = inputs
     results, kept = iter(output), list[Tensor | None]()
     for stream in _streams(with_none(tensors, ctx.present)):
         made = [next(results) if wanted else None for wanted in stream.outputs]
@@ -240,7 +277,7 @@ def _autograd(ctx, grads):
     for stream in _streams(kept):
         d_x, d_y1, d_y2 = (None if x is None else next(results) for x in (stream.x, stream.y1, stream.y2))
         found += [d_x, d_y1, None, None, d_y2, *[None] * 6]
-    return [grad for grad, there in zip(found, ctx.present, strict=True) if there], None, None
+    return [grad for grad, there in zip(found, ctx.present, strict=True) if there], None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -254,36 +291,52 @@ def gated_residual(*streams: Stream, eps: float = 1e-6, impl: str = "auto") -> l
 
     Args:
         streams: Stream(x, modulations, branches): x (B, N, C) floats, up to two (scale, shift), each (B, C), up to two
-            (y (B, N, C), gate (B, C), bias (C,) or None). A second stream has tokens of its own and the same B and C.
+            (y (B, N, C), gate (B, C), bias (C,) or None), and the form in which each normal is wanted. A second stream
+            has tokens of its own and the same B and C.
         eps: added to the variance.
         impl: "auto" is Triton on a GPU and PyTorch elsewhere, for fp64, and where a gate, a bias, a scale or a shift
             needs a gradient: Triton gives those of x and y alone. "triton" and "torch" ask for one of them.
 
     Returns:
         Modulated(x', (n, ...)) for each stream, in its x's dtype; computed in fp32 (fp64 for fp64), rounded once each.
-        x' is x itself where there is no branch.
+        x' is x itself where there is no branch. A normal of the form "fp8" or "both" is a `Quantized` of what would
+        have been rounded, each token with its own scale, max|n|/448; its `plain` is the normal itself or None.
 
     Raises:
-        ValueError: shapes that do not fit.
-        RuntimeError: `impl="triton"` where it cannot run.
+        ValueError: shapes that do not fit, an unknown form.
+        RuntimeError: `impl="triton"` where it cannot run; a form in e4m3 where gradients are needed, or on a GPU older
+            than sm_89.
     """
     check_streams(streams)
+    if any(form != "plain" for stream in streams for form in stream.forms):
+        no_gradient("gated_residual", *(x for s in streams for x in (s.x, *(y for y, _, _ in s.branches), *_rows(s))))
+        check_device("gated_residual", streams[0].x)
     unsupported = fp64(*(stream.x for stream in streams))
     if torch.is_grad_enabled() and any(row.requires_grad for stream in streams for row in _rows(stream)):
         unsupported = unsupported or "gradients of gates, biases, scales and shifts"
     if not use_triton("gated_residual", impl, streams[0].x, unsupported):
         return definitions.gated_residual(*streams, eps=eps)
     flat: list[Tensor | None] = []
-    for x, modulations, branches in streams:
+    for x, modulations, branches, _ in streams:
         scales = _aligned([part for pair in modulations for part in pair])
         gates = _aligned([gate for _, gate, _ in branches])
         parts = [part for (y, _, bias), gate in zip(branches, gates, strict=True)
                  for part in (y.contiguous(), gate, None if bias is None else bias.contiguous())]  # fmt: skip
         flat += _Flat(x.contiguous(), *parts, *[None] * (6 - len(parts)), *scales)
-    results = iter(_forward(*without_none(flat), eps))
+    forms = [FORMS.index(form) for stream in streams for form in (*forms_of(stream), "plain", "plain")[:2]]
+    results = iter(_forward(*without_none(flat), forms, eps))
     return [
-        Modulated(next(results) if s.branches else s.x, tuple(next(results) for _ in s.modulations)) for s in streams
+        Modulated(
+            next(results) if stream.branches else stream.x,
+            tuple(_normal_in(form, results) for form in forms_of(stream)),
+        )
+        for stream in streams
     ]
+
+
+def _normal_in(form: str, results: Iterator[Tensor]) -> Any:
+    plain = None if form == "fp8" else next(results)
+    return plain if form == "plain" else Quantized(next(results), next(results), plain)
 
 
 def _rows(stream: Stream) -> list[Tensor]:

@@ -3,25 +3,29 @@
 import functools
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _triton
+from ..reference.mmdit.fp8 import Quantized
 from ..reference.mmdit.gated_residual import Modulated, Stream
 from ..reference.mmdit.qk_norm import Projections
 from ..segment_attention import segment_attention
+from .fp8 import quantize_rows
 from .gated_residual import gated_residual
 from .joint_attention import check_backend, joint_attention
 from .modulation_table import ModulationTable, TableInUse, modulation_layers, version
+from .products import Fp8Calibration, Fp8InUse, Product, base, check_products
 from .qk_norm import qk_norm
 
 log = logging.getLogger("uae_kernels")
 
 Rows = tuple[Tensor, ...]  # shifts, scales and gates (B, C) in the order a modulation layer gives them
 Pairs = tuple[tuple[Tensor, Tensor], ...]  # (scale, shift) of each normal that is wanted of a stream
+Normals = tuple[Pairs, tuple[str, ...]]  # these, and the form in which each is wanted
 Branch = tuple[Tensor, Tensor | None]  # (y, bias): y + bias is what a layer gives
 
 # Where a sublayer's shift, scale and gate stand among the rows of norm1 and norm1_context
@@ -32,10 +36,13 @@ NORMS = "norm_q", "norm_k", "norm_added_q", "norm_added_k"
 class _State:
     """What an accelerated transformer has beside its modules."""
 
-    def __init__(self, transformer: Any, table: ModulationTable | None, attention: str):
+    def __init__(
+        self, transformer: Any, table: ModulationTable | None, attention: str, fp8: bool | Fp8Calibration = False
+    ):
         self.impl = "auto"  # of the ops
         self.attention = attention
         self.table = None if table is None else TableInUse(transformer, table)
+        self.fp8 = Fp8InUse(transformer, None if fp8 is True else fp8) if fp8 else None
         self.eps = transformer.norm_out.norm.eps
         # Of the last two contexts (with guidance a prompt's and the negative one's): the tensor, its key, it embedded
         self.contexts: list[tuple[weakref.ref, tuple, Tensor]] = []
@@ -44,7 +51,11 @@ class _State:
 
 
 def accelerate_sd3(
-    transformer: Any, *, fp8: bool = False, modulation_table: ModulationTable | None = None, attention: str = "auto"
+    transformer: Any,
+    *,
+    fp8: bool | Fp8Calibration = False,
+    modulation_table: ModulationTable | None = None,
+    attention: str = "auto",
 ) -> Any:
     """Makes a diffusers `SD3Transformer2DModel` compute its forward pass by fused ops; `restore_sd3` undoes it.
 
@@ -57,7 +68,11 @@ def accelerate_sd3(
 
     Args:
         transformer: SD3, SD3.5-medium or SD3.5-large.
-        fp8: must be False.
+        fp8: the blocks' products are computed in e4m3 numbers, of weights quantised once, a scale a row, while the
+            weights themselves wait in the host's memory until `restore_sd3`; adapters stay apart and unquantised. Not
+            the same function: for drawing with a frozen transformer, on sm_89 and newer GPUs; a CPU emulates it. True
+            gives each token a scale of its own everywhere; an `Fp8Calibration` (see `calibrate`) gives inputs that no
+            norm makes one for each level, and leaves products that suffer as they are.
         modulation_table: stands in for the modulation layers, whose weights wait in the host's memory meanwhile. A
             pooled condition that is not the table's, an adapter on one of these layers or a change of their weights
             brings them back for good, with a warning.
@@ -71,13 +86,16 @@ def accelerate_sd3(
     Raises:
         TypeError: another model.
         ValueError: a transformer accelerated already; a block, a norm, an attention processor, a dropout or a hook that
-            this does not know; a table that is not of this transformer as it is; an unknown backend.
-        RuntimeError: an attention backend that is not installed.
+            this does not know; a table or a calibration that is not of this transformer as it is; an unknown backend;
+            with fp8 a quantised layer or one whose sizes are no multiples of 16.
+        RuntimeError: an attention backend that is not installed; fp8 on a GPU older than sm_89. With fp8, of a forward
+            pass: gradients are enabled and a parameter, an adapter's or an input requires one; the weights have changed
+            since they were quantised.
     """
     if type(transformer).__name__ != "SD3Transformer2DModel":
         raise TypeError(f"accelerate_sd3: expected a diffusers SD3Transformer2DModel, got {type(transformer).__name__}")
-    if fp8:
-        raise ValueError("accelerate_sd3: fp8 products are not part of this version; use fp8=False")
+    if not isinstance(fp8, bool | Fp8Calibration):
+        raise TypeError(f"accelerate_sd3: fp8 must be False, True or an Fp8Calibration, got {type(fp8).__name__}")
     if "_uae" in vars(transformer):
         raise ValueError("accelerate_sd3: this transformer is accelerated already; restore_sd3 it first")
     if "forward" in vars(transformer):
@@ -88,7 +106,11 @@ def accelerate_sd3(
     _check_blocks(transformer)
     if modulation_table is not None:
         _check_table(transformer, modulation_table)
-    transformer._uae = _State(transformer, modulation_table, backend)
+    if fp8:
+        check_products(transformer)
+    if isinstance(fp8, Fp8Calibration):
+        fp8.check(transformer)
+    transformer._uae = _State(transformer, modulation_table, backend, fp8)
     transformer.forward = functools.partial(_forward, transformer)
     _announce(backend)
     return transformer
@@ -109,8 +131,9 @@ def restore_sd3(transformer: Any) -> Any:
         raise ValueError("restore_sd3: this transformer is not accelerated")
     if getattr(vars(transformer).get("forward"), "func", None) is not _forward:
         raise ValueError("restore_sd3: a hook replaces this transformer's forward; remove it first")
-    if transformer._uae.table is not None:
-        transformer._uae.table.put_back(_device(transformer))
+    for waiting in (transformer._uae.table, transformer._uae.fp8):
+        if waiting is not None:
+            waiting.put_back(_device(transformer))
     del transformer._uae, transformer.forward
     return transformer
 
@@ -205,6 +228,9 @@ def _forward(
     _check_hooks(state.passed_by)
     if any(attn.processor is not processor for attn, processor in state.processors):
         raise ValueError("accelerate_sd3: an attention processor was set since; restore_sd3 the transformer to use it")
+    if state.fp8 is not None:
+        _check_hooks(state.fp8.layers())
+        state.fp8.begin(model, timestep, hidden_states, encoder_hidden_states, pooled_projections)
     height, width = (size // model.config.patch_size for size in hidden_states.shape[-2:])
     rows = _modulations(model, timestep, pooled_projections, len(hidden_states))
     x, c = model.pos_embed(hidden_states).contiguous(), _context(model, encoder_hidden_states)
@@ -215,13 +241,13 @@ def _forward(
         if i not in (skip_layers or ())
     ]
     entries = [_entry(*layer) for layer in layers]
-    exits: list[tuple[Pairs, Pairs]] = [*entries[1:], (((rows[-1][0], rows[-1][1]),), ())]
+    exits: list[tuple[Normals, Normals]] = [*entries[1:], ((((rows[-1][0], rows[-1][1]),), ()), ((), ()))]
     if model.gradient_checkpointing and torch.is_grad_enabled():
         for layer in layers:
             x, c = model._gradient_checkpointing_func(functools.partial(_lone_block, state, *layer), x, c)
-        (image,) = _join(state, Stream(x, exits[-1][0]))
+        (image,) = _join(state, _stream(x, exits[-1][0]))
     else:
-        image, *text = _join(state, Stream(x, entries[0][0]), Stream(c, entries[0][1]))
+        image, *text = _join(state, *map(_stream, (x, c), entries[0]))
         for layer, pairs in zip(layers, exits, strict=True):
             image, *text = _block(state, *layer, image, text[0], *pairs)
 
@@ -271,13 +297,22 @@ def _join(state: _State, *streams: Stream) -> list[Modulated]:
     return gated_residual(*streams, eps=state.eps, impl=state.impl)
 
 
-def _entry(block: Any, rows: Rows, context_rows: Rows) -> tuple[Pairs, Pairs]:
+def _stream(x: Tensor, normals: Normals, branches: Iterable[tuple[Tensor, Tensor, Tensor | None]] = ()) -> Stream:
+    pairs, forms = normals
+    return Stream(x, pairs, tuple(branches), forms)
+
+
+def _entry(block: Any, rows: Rows, context_rows: Rows) -> tuple[Normals, Normals]:
     """The modulations of the image's and of the text's tokens before a block's attention."""
-    pairs: Pairs = (_pair(rows, ATTENTION),)
+    attn, pairs = block.attn, [_pair(rows, ATTENTION)]
+    forms = [_form(attn.to_q, attn.to_k, attn.to_v)]
     if block.use_dual_attention:
-        pairs += (_pair(rows, SECOND_ATTENTION),)
+        pairs.append(_pair(rows, SECOND_ATTENTION))
+        forms.append(_form(block.attn2.to_q, block.attn2.to_k, block.attn2.to_v))
     # The last block's norm1_context gives scale and shift, as norm_out does
-    return pairs, ((context_rows[0], context_rows[1]) if block.context_pre_only else _pair(context_rows, ATTENTION),)
+    pair = (context_rows[0], context_rows[1]) if block.context_pre_only else _pair(context_rows, ATTENTION)
+    form = _form(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    return (tuple(pairs), tuple(forms)), ((pair,), (form,))
 
 
 def _pair(rows: Rows, sublayer: int) -> tuple[Tensor, Tensor]:
@@ -288,33 +323,37 @@ def _lone_block(
     state: _State, block: Any, rows: Rows, context_rows: Rows, x: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """A block from residual streams to residual streams, as gradient checkpointing keeps them."""
-    pairs, context_pairs = _entry(block, rows, context_rows)
-    image, text = _join(state, Stream(x, pairs), Stream(c, context_pairs))
-    image, *rest = _block(state, block, rows, context_rows, image, text, (), ())
+    image, text = _join(state, *map(_stream, (x, c), _entry(block, rows, context_rows)))
+    image, *rest = _block(state, block, rows, context_rows, image, text, ((), ()), ((), ()))
     return image.x, rest[0].x if rest else None
 
 
 def _block(
     state: _State, block: Any, rows: Rows, context_rows: Rows, image: Modulated, text: Modulated,
-    pairs: Pairs, context_pairs: Pairs,
+    normals: Normals, context_normals: Normals,
 ) -> list[Modulated]:  # fmt: skip
-    """A block, from its normalised inputs to the next one's, modulated by `pairs` and `context_pairs`.
+    """A block, from its normalised inputs to the next one's, modulated by `normals` and `context_normals`.
 
     Of the image's and, but in the last block, of the text's tokens.
     """
     first, second, context = _attend(state, block, image.normalized, text.normalized[0])
     branches = [_gated(first, rows, ATTENTION)] + ([] if second is None else [_gated(second, rows, SECOND_ATTENTION)])
-    streams = [Stream(image.x, (_pair(rows, FEED_FORWARD),), tuple(branches))]
+    streams = [_stream(image.x, _middle(block.ff, rows), branches)]
     if context is not None:
         branches = [_gated(context, context_rows, ATTENTION)]
-        streams.append(Stream(text.x, (_pair(context_rows, FEED_FORWARD),), tuple(branches)))
+        streams.append(_stream(text.x, _middle(block.ff_context, context_rows), branches))
     image, *rest = _join(state, *streams)
-    y = _feed_forward(block.ff, image.normalized[0])
-    streams = [Stream(image.x, pairs, (_gated((y, None), rows, FEED_FORWARD),))]
+    y = _feed_forward(state, block.ff, image.normalized[0])
+    streams = [_stream(image.x, normals, [_gated((y, None), rows, FEED_FORWARD)])]
     for text in rest:
-        y = _feed_forward(block.ff_context, text.normalized[0])
-        streams.append(Stream(text.x, context_pairs, (_gated((y, None), context_rows, FEED_FORWARD),)))
+        y = _feed_forward(state, block.ff_context, text.normalized[0])
+        streams.append(_stream(text.x, context_normals, [_gated((y, None), context_rows, FEED_FORWARD)]))
     return _join(state, *streams)
+
+
+def _middle(ff: Any, rows: Rows) -> Normals:
+    """The modulation before a feed-forward network."""
+    return (_pair(rows, FEED_FORWARD),), (_form(ff.net[0].proj),)
 
 
 def _gated(branch: Branch, rows: Rows, sublayer: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -322,24 +361,25 @@ def _gated(branch: Branch, rows: Rows, sublayer: int) -> tuple[Tensor, Tensor, T
 
 
 def _attend(
-    state: _State, block: Any, image: tuple[Tensor, ...], text: Tensor
+    state: _State, block: Any, image: tuple[Any, ...], text: Any
 ) -> tuple[Branch, Branch | None, Branch | None]:
     """What the joint attention gives the image's tokens, the second attention, and the joint one the text's."""
     attn = block.attn
+    own = _project((attn.to_q, attn.to_k, attn.to_v), image[0])
     added = _project((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), text)
     streams = (
-        Projections(*_project((attn.to_q, attn.to_k, attn.to_v), image[0]), *_weights(attn.norm_q, attn.norm_k)),
+        Projections(*own, *_weights(attn.norm_q, attn.norm_k)),
         Projections(*added, *_weights(attn.norm_added_q, attn.norm_added_k)),
     )
     out, text_out = _attention(state, attn, *streams)
-    branch = _project_out(attn.to_out[0], out)
-    context = None if block.context_pre_only else _project_out(attn.to_add_out, text_out)
+    branch = _project_out(state, attn.to_out[0], out)
+    context = None if block.context_pre_only else _project_out(state, attn.to_add_out, text_out)
     if not block.use_dual_attention:
         return branch, None, context
     attn = block.attn2
     parts = _project((attn.to_q, attn.to_k, attn.to_v), image[1])
     (out,) = _attention(state, attn, Projections(*parts, *_weights(attn.norm_q, attn.norm_k)))
-    return branch, _project_out(attn.to_out[0], out), context
+    return branch, _project_out(state, attn.to_out[0], out), context
 
 
 def _attention(state: _State, attn: Any, *streams: Projections) -> tuple[Tensor, ...]:
@@ -378,12 +418,40 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-def _project(layers: tuple[Any, ...], x: Tensor) -> tuple[Tensor, ...]:
+def _product(layer: Any) -> Product | None:
+    """The product in e4m3 that stands in for a layer."""
+    return getattr(base(layer), "product", None)
+
+
+def _form(*layers: Any) -> str:
+    """How a product takes its input: adapters read what is not quantised."""
+    if _product(layers[0]) is None:
+        return "plain"
+    return "fp8" if all(base(layer) is layer for layer in layers) else "both"
+
+
+def _project(layers: tuple[Any, ...], x: Any) -> tuple[Tensor, ...]:
     """The layers' outputs for x (B, N, C): one product of their weights together, or one of each."""
+    if isinstance(x, Quantized):
+        return _multiply(layers, x)
     if not all(_is_plain(layer) for layer in layers):
         return tuple(layer(x) for layer in layers)
     weight, bias = _together([layer.weight for layer in layers]), _together([layer.bias for layer in layers])
     return nn.functional.linear(x, weight, bias).chunk(len(layers), -1)
+
+
+def _multiply(layers: tuple[Any, ...], x: Quantized) -> tuple[Tensor, ...]:
+    """The same in e4m3; an adapter adds its part, of what is not quantised, as its own forward does."""
+    product, bases = _product(layers[0]), [base(layer) for layer in layers]
+    assert product is not None
+    parts = product(x, _together([layer.bias for layer in bases])).chunk(len(layers), -1)
+    found = []
+    for layer, own, part in zip(layers, bases, parts, strict=True):
+        if layer is not own:
+            own.result = part
+            part = layer(x.plain)
+        found.append(part)
+    return tuple(found)
 
 
 def _together(parameters: list[nn.Parameter]) -> Tensor:
@@ -399,15 +467,31 @@ def _together(parameters: list[nn.Parameter]) -> Tensor:
     return first.detach().as_strided((len(parameters) * first.shape[0], *first.shape[1:]), first.stride())
 
 
-def _project_out(layer: Any, x: Tensor) -> Branch:
+def _project_out(state: _State, layer: Any, x: Tensor) -> Branch:
     """(y, bias) with y + bias = layer(x): rows (B, N, C) that lie apart are multiplied where they are."""
+    if (product := _product(layer)) is not None:
+        return _multiply((layer,), _quantize(state, product, x, plain=layer is not base(layer)))[0], None
     if x.is_contiguous() or not _is_plain(layer):
         return layer(x.contiguous()), None
     return torch.bmm(x, layer.weight.t().expand(len(x), -1, -1)), layer.bias
 
 
-def _feed_forward(ff: Any, x: Tensor) -> Tensor:
+def _quantize(state: _State, product: Product, x: Tensor, *, plain: bool, gelu: bool = False) -> Quantized:
+    """What no norm gives, at the level's scale or at each token's own; `plain` where an adapter reads it too."""
+    if plain and gelu:
+        x, gelu = nn.functional.gelu(x, approximate="tanh"), False
+    assert state.fp8 is not None
+    made = quantize_rows(x, scale=state.fp8.scales.get(product.name), gelu=gelu, impl=state.impl)
+    return made._replace(plain=x.contiguous() if plain else None)
+
+
+def _feed_forward(state: _State, ff: Any, x: Any) -> Tensor:
     up, down = ff.net[0].proj, ff.net[2]
+    if (product := _product(down)) is not None:
+        h = _quantize(state, product, _project((up,), x)[0], plain=down is not base(down), gelu=True)
+        return _multiply((down,), h)[0]
+    if isinstance(x, Quantized):
+        return down(nn.functional.gelu(_multiply((up,), x)[0], approximate="tanh"))
     # GELU in the product's epilogue; on sm_120 it is slower than apart (measured in sglang PR 28166)
     epilogue = 0 < _triton.capability(x) < 120 and not torch.is_autocast_enabled()
     if epilogue and _is_plain(up) and not (torch.is_grad_enabled() and x.requires_grad):

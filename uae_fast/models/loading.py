@@ -172,9 +172,8 @@ def accelerate_decoder(decoder: Decoder, config: Config) -> None:
     """
     try:
         steps = (config.render.steps, config.cheaper_sampler.steps, config.stage1.sampler_steps)
-        decoder.accelerate(
-            config.same_sampler.attention, [number for number in steps if number], config.same_sampler.fp8
-        )
+        schedules = [number for number in steps if number]
+        decoder.accelerate(config.same_sampler.attention, schedules, config.same_sampler.fp8)
     except RuntimeError as error:
         raise ConfigError([f"same_sampler.attention: {error}"]) from None
     except (TypeError, ValueError) as error:

@@ -6,7 +6,7 @@ import pytest
 import sd3
 import torch
 from measures import relative_error
-from uae_kernels.mmdit import ModulationTable, accelerate_sd3
+from uae_kernels.mmdit import ModulationTable, accelerate_sd3, calibrate
 
 SIGMAS = torch.linspace(1, 0, 11)
 ATTENTIONS = ["auto", "segments"]
@@ -18,7 +18,7 @@ def launched(monkeypatch):
     import importlib
 
     names = []
-    for module in ("mmdit.gated_residual", "mmdit.qk_norm", "segment_attention"):
+    for module in ("mmdit.fp8", "mmdit.gated_residual", "mmdit.qk_norm", "segment_attention"):
         module = importlib.import_module(f"uae_kernels.{module}")
         launch = module.launch
         monkeypatch.setattr(module, "launch", lambda k, *a, f=launch, **o: names.append(k.__name__) or f(k, *a, **o))
@@ -80,3 +80,18 @@ def test_a_sample_is_bitwise_the_same_anywhere_in_a_batch(attention, device):
         out = model(**given).sample
         for order in (torch.arange(4).flip(0), torch.tensor([2, 2, 0, 3])):
             assert torch.equal(model(**{name: value[order] for name, value in given.items()}).sample, out[order])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", list(sd3.FAMILY))
+def test_in_fp8(kind, launched, device):
+    """Next to the definitions: a number next to a tie may round the other way."""
+    model = sd3.transformer(kind, layers=2, num_attention_heads=2).to(device)
+    given = {name: value.to(device) for name, value in sd3.inputs(2, (4, 6), 3).items()}
+    sd3.add_lora(model, ["to_q", "to_out.0", "net.2"])
+    accelerate_sd3(model, fp8=calibrate(model, [given], threshold=1.0))
+    expected = model(**given).sample
+    model._uae.impl = "triton"
+    assert relative_error(model(**given).sample, expected) <= 2e-3
+    # After attention and GELU: of the image's tokens in each block, and of the text's in all but the last
+    assert launched.count("_quantize_kernel") == (2 + 1) * 2 + (kind == "medium")

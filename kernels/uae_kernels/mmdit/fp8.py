@@ -23,9 +23,8 @@ _LARGEST, _SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST_SCALE)
 
 @jit()
 def row_scale(x):
-    """max|x|/448 of one row, not finite if x is not, and never 0."""
-    size = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 0)
-    return tl.maximum(tl.math.div_rn(size, _LARGEST), _SMALLEST)
+    """max|x|/448 of one row, never 0; a NaN does not count, and is one in e4m3 too."""
+    return tl.maximum(tl.math.div_rn(tl.max(tl.abs(x), 0), _LARGEST), _SMALLEST)
 
 
 @jit("tokens", "scale_stride")

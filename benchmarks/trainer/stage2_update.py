@@ -32,7 +32,9 @@ def inputs(case: Case) -> SimpleNamespace:
     """A stage, a rollout of it whose ratios are not 1, and the parameters."""
     ready = prepare(2, case.config())
     rollout = ready.stage.rollout(ready.examples, 0)
-    moved = {"old_logprobs": rollout.old_logprobs + torch.empty_like(rollout.old_logprobs).uniform_(-0.15, 0.15)}
+    with torch.no_grad():
+        logprobs = ready.stage.logprobs(rollout, slice(0, len(rollout)), "policy")
+    moved = {"old_logprobs": logprobs + torch.empty_like(logprobs).uniform_(-0.15, 0.15)}
     if rollout.ref_logprobs is not None:
         moved["ref_logprobs"] = rollout.ref_logprobs + 0.1 * torch.randn_like(rollout.ref_logprobs)
     rollout = replace(rollout, **moved)

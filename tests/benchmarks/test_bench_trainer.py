@@ -108,7 +108,7 @@ def test_the_naive_rollout_is_of_the_same_captions(world, tmp_path):
     with learning.naively():
         naive = ready.stage.rollout(ready.examples, 0)
     assert naive.captions.texts == fast.captions.texts and torch.equal(naive.captions.mask, fast.captions.mask)
-    assert torch.allclose(naive.old_logprobs, fast.old_logprobs, atol=1e-5)
+    assert torch.allclose(naive.captions.logprobs, fast.captions.logprobs, atol=1e-5)
     assert not torch.allclose(naive.advantages, fast.advantages, atol=0.01)
     again = ready.stage.rollout(ready.examples, 0)
     assert torch.equal(again.advantages, fast.advantages)

@@ -34,10 +34,10 @@ def prepared(world, tmp_path_factory):
                     parameter += 0.02 * parameter.std() * torch.randn_like(parameter)
                     if mode == "lora":
                         parameter += 0.02 * torch.randn_like(parameter)
-            far = torch.empty_like(rollout.old_logprobs).uniform_(-0.5, 0.5)
-            rollout = replace(
-                rollout, old_logprobs=rollout.old_logprobs + far, ref_logprobs=rollout.ref_logprobs + far.flip(1)
-            )
+            with torch.no_grad():
+                logprobs = ready.stage.logprobs(rollout, slice(0, len(rollout)), "policy")
+            far = torch.empty_like(logprobs).uniform_(-0.5, 0.5)
+            rollout = replace(rollout, old_logprobs=logprobs + far, ref_logprobs=rollout.ref_logprobs + far.flip(1))
             found[mode] = ready, rollout
         return found[mode]
 

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from runs import difference
+from equal_runs import difference
 
 from uae_fast.checkpoint import checkpoints, read_state, verify_checkpoint
 

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from runs import assert_equal_runs, differing_tensors
+from equal_runs import assert_equal_runs, differing_tensors
 
 import uae_fast.checkpoint
 import uae_fast.run

@@ -10,11 +10,11 @@ from functools import partial
 
 import pytest
 import torch
+from equal_runs import assert_equal_runs, rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from uae_kernels.mmdit import patch
 
-from runs import assert_equal_runs, rows
 from uae_fast.cli import main
 from uae_fast.config import ConfigError, OptimizerConfig, load_config
 from uae_fast.models import loading

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from runs import assert_equal_runs, differing_tensors, rows, weights
+from equal_runs import assert_equal_runs, differing_tensors, rows, weights
 
 import uae_fast.trainer
 from uae_fast.checkpoint import checkpoints, read_state
@@ -44,7 +44,10 @@ def inject(monkeypatch, cls, steps, where, value):
         now["step"] = step
         result = rollout(self, examples, step)
         if where == "log-ratio" and step in steps:
-            stored = result.old_logprobs if cls is GenerationForUnderstanding else result.trajectory.log_probs
+            if cls is GenerationForUnderstanding:
+                result.old_logprobs = stored = self.logprobs(result, slice(0, len(result)), "policy").detach()
+            else:
+                stored = result.trajectory.log_probs
             stored.view(-1)[0] = value
         return result
 

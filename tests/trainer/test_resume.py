@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import assert_equal_runs, differing_tensors, rows
+from equal_runs import assert_equal_runs, differing_tensors, rows
 
 from uae_fast.checkpoint import checkpoints, read_state
 from uae_fast.cli import main

@@ -50,10 +50,12 @@ def build(mode, *options):
     words = torch.tensor(sorted(set(range(len(encoder.tokenizer))) - encoder.special_ids))
     ids = words[torch.randint(len(words), shape, generator=generator)]
     mask = torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None]
-    captions = Captions(ids.masked_fill(~mask, encoder.tokenizer.pad_token_id), mask, [""] * len(LENGTHS))
+    captions = Captions(
+        ids.masked_fill(~mask, encoder.tokenizer.pad_token_id), mask, [""] * len(LENGTHS), torch.zeros(shape)
+    )
     advantages = torch.randn(shape[0], generator=generator)
     prompt = encoder.prompt(images)
-    rollout = CaptionRollout(prompt, captions, LENGTHS, advantages, torch.zeros(shape), torch.zeros(shape), {})
+    rollout = CaptionRollout(prompt, captions, LENGTHS, advantages, torch.zeros(shape), {}, torch.zeros(shape))
     stage.settings.shared_prefix = False
     with torch.no_grad():
         logprobs = stage.logprobs(rollout, slice(0, len(rollout)), "policy")
@@ -212,8 +214,8 @@ def test_captions_of_one_token_need_no_forward_of_their_own():
     stage, rollout, parameters = build("lora")
     captions = Captions(rollout.captions.ids[:, :1], rollout.captions.mask[:, :1], rollout.captions.texts)
     short = CaptionRollout(
-        rollout.prompt, captions, [1] * 12, rollout.advantages, rollout.old_logprobs[:, :1],
-        rollout.ref_logprobs[:, :1], {},
+        rollout.prompt, captions, [1] * 12, rollout.advantages, rollout.ref_logprobs[:, :1], {},
+        rollout.logprobs[:, :1], rollout.old_logprobs[:, :1],
     )  # fmt: skip
     expected = losses(stage, short, parameters, shared=False)
     assert difference(losses(stage, short, parameters, shared=True), expected) < TOLERANCE

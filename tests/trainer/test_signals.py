@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from runs import assert_equal_runs, rows
+from equal_runs import assert_equal_runs, rows
 
 from uae_fast.checkpoint import checkpoints, read_state
 from uae_fast.cli import main

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from runs import differing_tensors, rows
+from equal_runs import differing_tensors, rows
 
 from uae_fast.checkpoint import checkpoints, read_state
 from uae_fast.config import ConfigError

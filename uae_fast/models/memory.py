@@ -345,7 +345,7 @@ class Predictor:
         ids, zeros = torch.zeros(rows, length, dtype=torch.long), torch.zeros(rows, length)
         captions = Captions(ids, ids == 0, [""] * rows, zeros)
         prompt = self.prompt(-(-rows // stage.settings.group_size))
-        rollout = CaptionRollout(prompt, captions, [length] * rows, torch.zeros(rows), zeros, zeros, {})
+        rollout = CaptionRollout(prompt, captions, [length] * rows, torch.zeros(rows), zeros, {}, zeros)
         FrozenHead.apply(stage.states(rollout, slice(0, rows), "policy")).sum().backward()
 
     def update3(self, stage: Any) -> None:

@@ -90,9 +90,9 @@ def caption_metrics(captions: Captions, end: int) -> Metrics:
     }
 
 
-def sampling_metrics(captions: Captions, old_logprobs: Tensor) -> Metrics:
-    """|Δ log-prob| of the sampled tokens between the rollout and the trainer, old_logprobs (N, T); named as in TRL."""
-    mask, difference = captions.mask, (captions.logprobs - old_logprobs).abs()
+def sampling_metrics(captions: Captions, logprobs: Tensor) -> Metrics:
+    """|Δ log-prob| of the sampled tokens between the rollout and the trainer, logprobs (N, T); named as in TRL."""
+    mask, difference = captions.mask, (captions.logprobs - logprobs).abs()
     counted = difference.where(mask, 0.0)
     return {
         "sampling/sampling_logp_difference/mean": counted.sum() / mask.sum(),

@@ -30,15 +30,20 @@ from . import (
 
 @dataclass
 class CaptionRollout:
-    """B = images · group_size sampled captions, their rewards, and the log-probs of the policy that wrote them."""
+    """B = images · group_size sampled captions, what they are worth, and their log-probs.
+
+    The policy that wrote them is the one that the first update starts from: its log-probs are those of that update's
+    own pass, and a pass for them alone is saved.
+    """
 
     prompt: Prompt  # of the images
     captions: Captions
     lengths: list[int]  # of the captions, in tokens
     advantages: Tensor  # (B,)
-    old_logprobs: Tensor  # (B, T)
     ref_logprobs: Tensor | None  # (B, T)
     metrics: Metrics
+    logprobs: Tensor  # (B, T), filled micro-batch by micro-batch in the first update
+    old_logprobs: Tensor | None = None  # (B, T), from the end of the first update on
 
     def __len__(self) -> int:
         return len(self.advantages)
@@ -85,8 +90,7 @@ class GenerationForUnderstanding:
             captions,
             captions.mask.sum(1).tolist(),
             advantages=group_advantages(rewards, size, scale=settings.scale_advantages),
-            old_logprobs=torch.empty(captions.ids.shape, device=rewards.device),
-            ref_logprobs=torch.empty(captions.ids.shape, device=rewards.device) if settings.beta else None,
+            ref_logprobs=torch.empty_like(captions.logprobs) if settings.beta else None,
             metrics={
                 **reward_metrics(rewards, size),
                 **metrics,
@@ -95,14 +99,12 @@ class GenerationForUnderstanding:
                 "completions/unique": torch.tensor(len(set(zip(captions.texts, noise, strict=True))) / len(noise)),
                 "prompts/mean_length": prompt.mask.sum(1).float().mean(),
             },
+            logprobs=torch.empty_like(captions.logprobs),
         )
-        # Scored in the update's micro-batches, by the update's own code: its first ratio is exactly 1.
-        for start in range(0, len(rollout), settings.micro_batch):
-            rows = slice(start, start + settings.micro_batch)
-            rollout.old_logprobs[rows] = self.logprobs(rollout, rows, "policy")
-            if rollout.ref_logprobs is not None:
+        if rollout.ref_logprobs is not None:
+            for start in range(0, len(rollout), settings.micro_batch):
+                rows = slice(start, start + settings.micro_batch)
                 rollout.ref_logprobs[rows] = self.logprobs(rollout, rows, "reference")
-        rollout.metrics |= sampling_metrics(captions, rollout.old_logprobs)
         return rollout
 
     def logprobs(self, rollout: CaptionRollout, rows: slice, role: str) -> Tensor:
@@ -139,13 +141,13 @@ class GenerationForUnderstanding:
         settings, mask = self.settings, rollout.captions.mask
         share = len(mask[rows]) / len(mask)
         by_tokens = settings.loss_type in ("bnpo", "dapo", "cispo")
-        loss, metrics, _, _ = linear_grpo_loss(
+        loss, metrics, _, logprobs = linear_grpo_loss(
             self.states(rollout, rows, "policy"),
             self.models.encoder.head.weight,
             self.targets(rollout, rows),
             rollout.advantages[rows],
             mask=mask[rows],
-            old_logprobs=rollout.old_logprobs[rows],
+            old_logprobs=None if rollout.old_logprobs is None else rollout.old_logprobs[rows],
             ref_logprobs=None if rollout.ref_logprobs is None else rollout.ref_logprobs[rows],
             temperature=settings.temperature,
             loss_type=settings.loss_type,
@@ -157,4 +159,10 @@ class GenerationForUnderstanding:
             normalizer=mask.sum() if by_tokens else None,
             max_length=self.config.caption.max_new_tokens,
         )
-        return loss if by_tokens else loss * share, policy_metrics(metrics)
+        found = policy_metrics(metrics)
+        if rollout.old_logprobs is None:
+            rollout.logprobs[rows] = logprobs
+            if rows.indices(len(rollout))[1] == len(rollout):  # the first update has seen them all
+                rollout.old_logprobs = rollout.logprobs
+                found |= sampling_metrics(rollout.captions, rollout.logprobs)
+        return loss if by_tokens else loss * share, found

@@ -152,6 +152,8 @@ def test_the_standard_samplers(small, tmp_path, capsys):
     assert rows["bfloat16"]["kind"] == gates.SAME and rows["bfloat16"]["misses"] == []
     assert rows["bfloat16"]["mse"] > 100 * floor["mse"]  # its decoder is really in bf16
     assert rows["bfloat16, same_sampler.accelerate=false"]["against"] == "bfloat16"
+    eight = rows["fp8, emulated"]
+    assert eight["kind"] == gates.SAME and eight["mse"] > 3 * rows["bfloat16"]["mse"] and eight["speed"] is None
     half = rows["guided_part 0.5"]
     assert half["against"] == "guidance 1.5"
     # Of two passes at each of three steps the unconditional one of the last is left out; the VAE stays
@@ -174,6 +176,17 @@ def test_a_configured_sampler_that_misses_its_gate_fails(folder, small, tmp_path
 
     status, result = run(tmp_path / "all", f"models.path={folder}", *small)
     assert status == 0 and any(row["misses"] for row in result["rows"])  # nobody asked for that one
+
+
+def test_fp8_may_be_what_is_configured(small, tmp_path):
+    status, result = run(tmp_path, "same_sampler.fp8=true", *small)
+    *floor, row = result["rows"]
+    assert [other["kind"] for other in floor] == [gates.FLOOR] * 2 and (row["variant"], row["kind"]) == (
+        "fp8, emulated", gates.SAME,
+    )  # fmt: skip
+    assert status == bool(row["misses"]) and row["mse"] > 0
+    both = load_config("tiny", ["same_sampler.fp8=true", "cheaper_sampler.steps=6"])
+    assert gates.faster(both) == "fp8, emulated, steps 6" and gates.faster(gates.plain(both)) == ""
 
 
 def test_captions_have_a_spread(world, small):

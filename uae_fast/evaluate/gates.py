@@ -19,6 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from ..config import CheaperSamplerConfig, Config, ConfigError, accelerated, che
 from ..data import Example
 from ..logging import ProgressLine
 from ..models import Models
+from ..models.loading import check_fp8, load_models, run_device
 from ..seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -169,10 +171,21 @@ def misses(kind: str, row: dict[str, Any]) -> list[str]:
 
 
 def plain(config: Config) -> Config:
-    """The reference sampler of a configuration: the one without its cheaper settings."""
+    """The reference sampler of a configuration: the one without its cheaper settings and without fp8."""
     config = copy.deepcopy(config)
-    config.cheaper_sampler = CheaperSamplerConfig()
+    config.cheaper_sampler, config.same_sampler.fp8 = CheaperSamplerConfig(), False
     return config
+
+
+def faster(config: Config) -> str:
+    """The settings that `plain` takes away, in words; empty where there are none."""
+    words = [f"{key} {value}" for key, value in cheaper(config).items()]
+    return ", ".join([fp8(config)] * config.same_sampler.fp8 + words)
+
+
+def fp8(config: Config) -> str:
+    """The name of a sampler in fp8, which says if it is emulated."""
+    return "fp8" if run_device(config).type == "cuda" else "fp8, emulated"
 
 
 def variants(configure: Configure) -> list[Variant]:
@@ -180,10 +193,10 @@ def variants(configure: Configure) -> list[Variant]:
     config, reference = configure(), plain(configure())
     batch = config.render.batch
     floor = [f"render.batch={batch // 2 or 2}", *["same_sampler.accelerate=false"] * accelerated(config)]
-    found = [Variant(f"the reference, {other}", FLOOR, plain(configure(other)), reference) for other in floor]
-    if changed := cheaper(config):
-        name = ", ".join(f"{key} {value}" for key, value in changed.items())
-        return [*found, Variant(name, CHEAPER, config, reference)]
+    slower = "same_sampler.fp8=false"  # which needs the accelerated decoder
+    found = [Variant(f"the reference, {other}", FLOOR, plain(configure(other, slower)), reference) for other in floor]
+    if name := faster(config):
+        return [*found, Variant(name, CHEAPER if cheaper(config) else SAME, config, reference)]
     return found + standard(configure, reference, floor)
 
 
@@ -195,6 +208,10 @@ def standard(configure: Configure, reference: Config, floor: Sequence[str]) -> l
         coarse = configure(*half)
         found += [Variant(f"bfloat16, {other}", FLOOR, configure(*half, other), coarse, "bfloat16") for other in floor]
         found.append(Variant("bfloat16", SAME, coarse, reference))
+    with suppress(ConfigError):  # a decoder that is quantised or takes turns on the device
+        eight = configure("same_sampler.fp8=true")
+        check_fp8(run_device(eight))
+        found.append(Variant(fp8(eight), SAME, eight, reference))
     steps = reference.render.steps
     guided, against = reference, "the reference"
     if reference.render.guidance_scale == 1:
@@ -322,7 +339,6 @@ def compare(configure: Configure, count: int) -> dict[str, Any]:
     Returns:
         What `gate.json` holds: the circumstances, and "rows", one a variant; cheaper ones by falling value.
     """
-    from ..models.loading import load_models
     from ..parquet import open_images
 
     found = variants(configure)
@@ -502,4 +518,4 @@ def gate(configure: Configure, name: str, out: Path, count: int = 64) -> int:
     failed = [row for row in result["rows"] if row["misses"]]
     for row in failed:
         print(f"{row['variant']} misses its gate: {'; '.join(row['misses'])}")
-    return int(bool(failed and cheaper(configure())))
+    return int(bool(failed and faster(configure())))

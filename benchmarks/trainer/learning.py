@@ -62,7 +62,9 @@ def one_by_one(encoder: Any, prompt: Any, seeds: Sequence[int], **options: Any) 
     width = max(row.ids.shape[1] for row in rows)
     ids = [pad(row.ids, (0, width - row.ids.shape[1]), value=encoder.tokenizer.pad_token_id) for row in rows]
     masks = [pad(row.mask, (0, width - row.mask.shape[1])) for row in rows]
-    return Captions(torch.cat(ids), torch.cat(masks), [text for row in rows for text in row.texts])
+    logprobs = [pad(row.logprobs, (0, width - row.logprobs.shape[1])) for row in rows]
+    texts = [text for row in rows for text in row.texts]
+    return Captions(torch.cat(ids), torch.cat(masks), texts, torch.cat(logprobs))
 
 
 def drawn_alone(config: Config, models: Any, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:

@@ -212,7 +212,10 @@ def test_tokens_are_computed_once_and_padding_never():
 
 def test_captions_of_one_token_need_no_forward_of_their_own():
     stage, rollout, parameters = build("lora")
-    captions = Captions(rollout.captions.ids[:, :1], rollout.captions.mask[:, :1], rollout.captions.texts)
+    captions = Captions(
+        *(x[:, :1] for x in (rollout.captions.ids, rollout.captions.mask)), rollout.captions.texts,
+        rollout.captions.logprobs[:, :1],
+    )  # fmt: skip
     short = CaptionRollout(
         rollout.prompt, captions, [1] * 12, rollout.advantages, rollout.ref_logprobs[:, :1], {},
         rollout.logprobs[:, :1], rollout.old_logprobs[:, :1],

@@ -66,7 +66,7 @@ def replace_accelerate(config):
 def test_stage_3_is_plain_flow_grpo(world, tmp_path, mode, case):
     loss, expected, whole, worst = compared(world, tmp_path, mode, *CASES[case])
     assert loss == pytest.approx(expected, rel=BOUND, abs=1e-6)  # a group's advantages add up to 0
-    assert whole < BOUND and worst < 5 * BOUND
+    assert whole < 2 * BOUND and worst < 5 * BOUND
 
 
 @pytest.mark.parametrize(

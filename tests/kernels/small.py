@@ -234,7 +234,7 @@ CASES: dict[str, tuple[Callable[[str, int], Inputs], Callable[..., list[Tensor]]
     "flow_step": (latents, policy_step),
     "flow_grpo_loss": (latents, policy_step_loss),
     "gated_residual": (streams, residuals),
-    "gated_residual and quantize_rows in e4m3": (streams, in_e4m3),
+    "fp8 quantize_rows and gated_residual": (streams, in_e4m3),
     "qk_norm": (projections, heads),
     "segment_attention": (segments, joint),
     "shared_prefix_attention": (continuations, behind_a_prefix),

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(arguments: argparse.Namespace) -> int:
     suites = SUITES if arguments.suite == "all" else (arguments.suite,)
     folders = [ROOT / "benchmarks" / suite for suite in suites if (ROOT / "benchmarks" / suite).is_dir()]
-    options = [*map(str, folders), f"--rootdir={ROOT}", "--benchmark-enable", "--rows", str(arguments.out)]
+    options = [*map(str, folders), f"--rootdir={ROOT}", "--rows", str(arguments.out)]
     options += ["--quick"] * arguments.quick + ["--again"] * arguments.again
     if arguments.preset:
         options += ["-k", " or ".join(arguments.preset)]

@@ -65,9 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="go on although KEY is not what it was (stage2.lr, models.path, data.train, …); may be repeated",
     )  # fmt: skip
 
+    fill_help = "choose the largest micro-batches and render.batch that are predicted to fit"
+    train.add_argument("--fill-memory", type=float, metavar="GB", help=fill_help)
+
     check = command("check", run_check, "check a configuration and show what a step of it is made of")
     check.add_argument("config", metavar="CONFIG", help=config_help)
     check.add_argument("overrides", nargs="*", metavar="key=value")
+    check.add_argument("--fill-memory", type=float, metavar="GB", help=fill_help)
     check.add_argument("--gpu-memory", type=float, metavar="GB", help="say what to change where a stage needs more")
 
     configs = command("configs", run_configs, "list the presets, or copy one to edit")
@@ -163,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_train(arguments: argparse.Namespace) -> int:
     from .config import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = filled(load_config(arguments.config, arguments.overrides), arguments)
     quiet_libraries()
     from .guards import Interrupted, RunFailed
     from .trainer import train
@@ -191,7 +195,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     from .config import load_config
     from .models.sources import find_sources
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = filled(load_config(arguments.config, arguments.overrides), arguments)
     find_sources(config)
     table = Table("stage", "steps", "images", "× group", "= samples", "in micro-batches of", "optimiser steps")
     for number in config.stages:
@@ -213,6 +217,19 @@ def run_check(arguments: argparse.Namespace) -> int:
     show("the configuration is sound")
     show_memory(config, arguments.gpu_memory)
     return 0
+
+
+def filled(config: Config, arguments: argparse.Namespace) -> Config:
+    """The configuration with the batches of `--fill-memory`, which are said; as it is without that."""
+    if arguments.fill_memory is None:
+        return config
+    quiet_libraries()
+    from .config import load_config
+    from .models.memory import GIB, fill
+
+    changes = fill(config, int(arguments.fill_memory * GIB))
+    print(f"predicted to fit {arguments.fill_memory:g} GiB: {' '.join(changes)}", flush=True)
+    return load_config(arguments.config, [*arguments.overrides, *changes])
 
 
 def show_memory(config: Config, limit: float | None) -> None:

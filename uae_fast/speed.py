@@ -135,8 +135,8 @@ def step_flops(number: int, config: Config, sizes: Sizes, image: int, values: di
         unguided = int(config.render.guidance_scale != 1)
         written = prompts + captions + rows * caption * sizes.head
         drawn = rows * (condition + steps * (1 + unguided) * velocity)
-        passes = 1 + reference + settings.updates * trained["encoder"]
-        heads = 1 + reference + settings.updates * 2
+        passes = reference + settings.updates * trained["encoder"]
+        heads = reference + settings.updates * 2
         return written + drawn + passes * (prompts + captions) + heads * rows * caption * sizes.head
     unguided = int(settings.guidance_scale != 1)
     written = prompts + images * (sizes.read(caption, prompt) + caption * sizes.head + condition)

@@ -7,7 +7,7 @@ from uae_fast.cli import main
 from uae_fast.config import load_config
 from uae_fast.data import ImageFolder
 from uae_fast.models.loading import load_models
-from uae_fast.models.memory import CUDA_BYTES, Phase, Predictor, advise, predict, worst
+from uae_fast.models.memory import CUDA_BYTES, Phase, Predictor, advise, fill, predict, worst
 from uae_fast.optim import build_optimizer
 from uae_fast.rollout.captions import sample_captions
 from uae_fast.rollout.renders import Guidance, render
@@ -172,3 +172,25 @@ def test_check_prints_predictions_and_advice(capsys):
     )
     assert main(["check", "tiny", "stages=[2]", "--gpu-memory", "24"]) == 0
     assert "does not fit" not in capsys.readouterr().out
+
+
+def test_filling_takes_the_largest_batches_that_fit():
+    """One more would not: the limit is what just these need."""
+    options = [*LARGER, "stages=[2]", "stage2.images=4", "stage2.group_size=6", "stage2.micro_batch=24"]
+    roomy = dict(change.split("=") for change in fill(load_config("tiny", options), 10**12))
+    assert roomy == {"render.batch": "64", "stage2.micro_batch": "24"}
+    exact = load_config("tiny", [*options, "stage2.micro_batch=4", "render.batch=2"])
+    limit = worst(predict(exact)[2]).total
+    changes = fill(load_config("tiny", options), limit)
+    chosen = dict(change.split("=") for change in changes)
+    assert chosen["stage2.micro_batch"] == "4"
+    assert worst(predict(load_config("tiny", [*options, *changes]))[2]).total <= limit
+    more = f"render.batch={2 * int(chosen['render.batch'])}"
+    drawn = predict(load_config("tiny", [*options, *changes, more]))[2]
+    assert max(phase.total for phase in drawn if phase.name in ("reading captions", "drawing")) > limit
+
+
+def test_what_cannot_be_filled_is_refused_with_advice(capsys):
+    assert main(["check", "tiny", "stages=[2]", "--fill-memory", "0.81"]) == 2
+    said = capsys.readouterr().err
+    assert "stage 2 does not fit 0.81 GiB" in said and "models." in said

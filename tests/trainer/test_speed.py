@@ -151,11 +151,11 @@ def test_what_a_step_is_worth_by_hand():
     values = {"prompts/mean_length": 30.0, "completions/mean_length": 12.0, "window_start": 3.0}
     read = 2 * 30 * 10 + 8 * 12 * 10
     head = 8 * 12 * 1000
-    # Sampling; conditions and renders; old and reference log-probs; an update in full, through a frozen head
-    stage2 = read + head + 8 * (condition + 8 * velocity) + 2 * (read + head) + 3 * read + 2 * head
+    # Sampling; conditions and renders; reference log-probs; an update in full, through a frozen head
+    stage2 = read + head + 8 * (condition + 8 * velocity) + (read + head) + 3 * read + 2 * head
     assert step_flops(2, config, sizes, 64, values) == stage2
     config.stage2.beta, config.models.encoder, config.render.guidance_scale = 0.0, "lora", 2.0
-    lora = read + head + 8 * (condition + 16 * velocity) + (read + head) + 2 * read + 2 * head
+    lora = read + head + 8 * (condition + 16 * velocity) + 2 * read + 2 * head
     assert step_flops(2, config, sizes, 64, values) == lora
     written = 2 * (30 * 10 + 12 * 10 + 12 * 1000 + condition)
     # Three steps shared by a group, five of its own, of which two train twice

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from uae_kernels import shared_prefix_attention
 from uae_kernels._attention import unsupported
 
-from ..config import Config
+from ..config import Config, ConfigError
 from . import Models
 from .encoder import READER, Prompt
 from .loading import load_models
@@ -32,6 +33,7 @@ from .sources import find_sources, image_tokens
 GIB = 2**30
 CUDA_BYTES = int(0.8 * GIB)  # context, libraries and workspaces: assumed
 PARTS = ("encoder", "projector", "decoder", "reward", "heldout")
+DRAWN = ("reading captions", "drawing")  # the phases in batches of `render.batch`
 WORD = "w20"  # of the random model's tokenizer
 
 
@@ -144,6 +146,42 @@ def levers(config: Config, stage: int, needs: Phase) -> Iterator[tuple[str, Any]
             yield f"models.{part}_quantization", "nf4"
     if halves:
         yield fewer, count // 2
+
+
+def fill(config: Config, limit: int) -> list[str]:
+    """The largest batches with which every stage is predicted to fit into `limit` bytes, as changes "key=value".
+
+    They are `render.batch` and each stage's `micro_batch`: what is computed at once. What is trained on stays as it is,
+    and gradients agree up to rounding.
+
+    Raises:
+        ConfigError: a stage does not fit with the smallest of them, with what would make it.
+    """
+    config, changes = copy.deepcopy(config), []
+    drawn = [n for n in config.stages if n in (2, 3)]
+    keys = [("render", "batch", [1 << i for i in range(7)], drawn)] if drawn else []
+    for number in config.stages:
+        settings = getattr(config, f"stage{number}")
+        samples = settings.images * getattr(settings, "group_size", 1)
+        sizes = [n for n in range(1, samples + 1) if samples % n == 0]
+        keys.append((f"stage{number}", "micro_batch", sizes, [number]))
+    for group, name, sizes, stages in keys:
+        section = getattr(config, group)
+
+        def fits(size: int, section=section, name=name, stages=stages) -> bool:
+            setattr(section, name, size)
+            found = [phase for phases in predict(config, stages).values() for phase in phases]
+            # A stage's update has a batch of its own, which comes later
+            return all(p.total <= limit for p in found if name == "micro_batch" or p.name in DRAWN)
+
+        size = sizes[max(0, bisect_left(sizes, True, key=lambda n: not fits(n)) - 1)]
+        if not fits(size):
+            number = stages[0]
+            _, needed, needs = advise(config, number, predict(config, [number])[number], limit)
+            hint = f"with {' '.join(needed)} it would need {needs.total / GIB:.2f}" if needed else "nothing to change"
+            raise ConfigError([f"stage {number} does not fit {limit / GIB:g} GiB, {group}.{name}={size}: {hint}"])
+        changes.append(f"{group}.{name}={size}")
+    return changes
 
 
 class Predictor:

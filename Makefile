@@ -43,6 +43,8 @@ demo: $(STAMP) data/tiny/train/captions.jsonl data/tiny/heldout/captions.jsonl
 		$(BIN)/uae-fast train tiny run=$(RUN) seed=$(SEED); \
 	fi
 
+# A thread for each process: with more, processes wait for each other's
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(PARALLEL)
 	@echo "kernels, interpreted:"

@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -128,6 +130,20 @@ def test_no_kernel_that_a_model_folder_names_is_downloaded(foreign):
         assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {
             "sdpa"
         }
+
+
+def test_bitsandbytes_fetches_no_kernel(tmp_path):
+    """Where a package of that name is installed, which would: this one says so."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    print('fetched')\n    raise ImportError\n")
+    code = "import kernels\nfrom uae_fast.bnb import import_bitsandbytes\nimport_bitsandbytes()\n"
+    code += "import kernels as again\nassert again is kernels\nfrom bitsandbytes.nn import Linear4bit"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    bare = [sys.executable, "-c", "import bitsandbytes"]
+    done = subprocess.run(bare, env=env, cwd=tmp_path, capture_output=True, text=True)
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert done.stdout == ("fetched\n" if "avx512_bf16" in flags else "")  # the guard is needed
 
 
 ESCAPES = [

@@ -260,7 +260,7 @@ def make_task(config: Config, models: Models, examples: list[Example]) -> Task:
             some = examples[start : start + chunk]
             texts = sample_captions(
                 models.encoder,
-                models.encoder.prompt([example.image for example in some]).repeat(written),
+                models.encoder.prompt([example.image for example in some]),
                 [derive_seed(config.seed, "gate", "caption", e.id, i) for e in some for i in range(written)],
                 temperature=config.stage2.temperature,
                 max_new_tokens=config.caption.max_new_tokens,

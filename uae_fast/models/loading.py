@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..bnb import import_bitsandbytes
 from ..checkpoint import (
     DamagedCheckpoint,
     checkpoints,
@@ -75,6 +76,7 @@ def load_models(config: Config) -> Models:
         ConfigError: a part is missing, has no safetensors or cannot be read, or `models.start` is damaged.
     """
     sources, settings = find_sources(config), config.models
+    import_bitsandbytes()
     device, records = run_device(config), records_graphs(config)
     if config.same_sampler.fp8:
         check_fp8(device)

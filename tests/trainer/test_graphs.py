@@ -111,7 +111,10 @@ def same(decoder, recorder, recordings, **settings):
     return plain
 
 
-@pytest.mark.parametrize("options", [(), ("same_sampler.attention=segments",), ("same_sampler.accelerate=false",)])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("same_sampler.attention=segments",), ("same_sampler.accelerate=false",), ("same_sampler.fp8=true",)],
+)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("mode", MODES)
 def test_replays_have_the_bits_of_calls(mode, scale, options):

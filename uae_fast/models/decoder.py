@@ -169,6 +169,11 @@ class Decoder(nn.Module):
                 print(f"fp8: {error}", flush=True)
         return self.fp8_calibrates
 
+    @property
+    def notes_steps(self) -> bool:
+        """Whether this is within `recorded`: what Python calls the transformer with is being kept."""
+        return self._runs is not None
+
     @contextmanager
     def recorded(self) -> Iterator[list[dict[str, Any]]]:
         """Within, what the transformer is given is kept in a list, for `calibrate`, and nothing is drawn in fp8."""

@@ -258,7 +258,8 @@ def show_memory(config: Config, limit: float | None) -> None:
 
 
 def run_configs(arguments: argparse.Namespace) -> int:
-    from .config import PRESETS, ConfigError, find_config, preset_names, printable
+    from .config import PRESETS, ConfigError, find_config, preset_names
+    from .text import printable
 
     if arguments.action == "list":
         for name in preset_names():
@@ -279,7 +280,7 @@ def run_configs(arguments: argparse.Namespace) -> int:
 
 
 def run_caption(arguments: argparse.Namespace) -> int:
-    from .config import printable
+    from .text import printable
 
     config, models = open_models(arguments)
     lines = []
@@ -294,10 +295,10 @@ def run_caption(arguments: argparse.Namespace) -> int:
 
 
 def run_reconstruct(arguments: argparse.Namespace) -> int:
-    from .config import printable
     from .evaluate.heldout import to_image
     from .rollout.renders import draw
     from .seeds import derive_seed
+    from .text import printable
 
     config, models = open_models(arguments)
     paths, images, captions = caption_images(arguments, config, models)
@@ -521,10 +522,11 @@ def caption_images(
     arguments: argparse.Namespace, config: Config, models: Models
 ) -> tuple[list[Path], list[Image.Image], list[str]]:
     """Paths, images and captions of the files and folders given; unreadable files are named and left out."""
-    from .config import ConfigError, printable
+    from .config import ConfigError
     from .data import SUFFIXES, load_image
     from .rollout.captions import sample_captions
     from .seeds import derive_seed
+    from .text import printable
 
     paths: list[Path] = []
     for path in arguments.images:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..config import Config, ConfigError, printable
+from ..config import Config, ConfigError
 from ..data import SUFFIXES, Example, ImageFolder, listed, load_image
 from ..logging import ProgressLine
 from ..models import Models
 from ..models.loading import load_image_encoder, load_image_processor, run_device
 from ..models.sources import Source
 from ..parquet import ParquetImages
+from ..text import printable
 from .heldout import draw_examples, picture_names, to_image, write_captions
 
 PREFIX = "recon_"  # may stand before a reconstruction's name

@@ -7,15 +7,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints
-
-import yaml
+from typing import Any, Literal, get_type_hints
 
 from .config_checks import invariants
 from .text import short
-from .yaml_values import TAG, Given, collect, compose, not_yaml, read_value
 
 PRESETS = Path(__file__).parent / "configs"
+MOMENTS = ("before", "stage0", "stage1", "stage2", "stage3")  # when held-out images are measured, and runs looked at
 
 
 class ConfigError(ValueError):
@@ -405,29 +403,10 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: with every mistake, each naming file and line, the key, and the nearest valid choice.
     """
-    path = find_config(str(name))
-    known = leaves()
-    problems: list[str] = []
-    given: Given = {}
-    try:
-        root = compose(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([not_yaml(str(path), error)]) from None
-    if root is not None:
-        groups = {key.rpartition(".")[0] for key in known if "." in key}
-        collect(root, str(path), groups, given, problems)
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            problems.append(f"command line: {short(override)!r} is not key=value")
-            continue
-        try:
-            is_text = known.get(key) is str or get_origin(known.get(key)) is Literal
-            node = yaml.ScalarNode(TAG + "str", text) if is_text else compose(text)
-            given[key] = ("command line", node or yaml.ScalarNode(TAG + "null", ""))
-        except yaml.YAMLError as error:
-            problems.append(not_yaml(f"command line: {short(key)}", error))
+    from .yaml_values import read_keys, read_value
 
+    known, problems = leaves(), list[str]()
+    given = read_keys(find_config(str(name)), overrides, known, problems)
     config = Config()
     for key, (where, node) in given.items():
         if key not in known:
@@ -448,6 +427,8 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration as YAML, whole or not at all."""
+    import yaml
+
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False, width=math.inf), encoding="utf-8")
     temporary.replace(path)

@@ -1,21 +1,55 @@
-"""Keys and values of a YAML file as they stand in it: nothing is constructed, resolved or expanded."""
+"""Keys and values of a YAML file and of the command line as they stand there: nothing is constructed or expanded."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import re
-from collections.abc import Set
+from collections.abc import Iterable, Mapping, Set
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
+from .config import ConfigError
 from .text import short, unicode_text
 
 TAG = "tag:yaml.org,2002:"
 SCALARS = {TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")}
 Given = dict[str, tuple[str, yaml.Node]]
 """By dotted key: where it is given ("file:line" or "command line"), and its value."""
+
+
+def read_keys(path: Path, overrides: Iterable[str], known: Mapping[str, Any], problems: list[str]) -> Given:
+    """What a file gives, and then overrides "key=value".
+
+    Args:
+        known: by key, the type of its value.
+        problems: gets what is wrong, a line each.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not YAML.
+    """
+    given: Given = {}
+    try:
+        root = compose(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError([not_yaml(str(path), error)]) from None
+    if root is not None:
+        groups = {key.rpartition(".")[0] for key in known if "." in key}
+        collect(root, str(path), groups, given, problems)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            problems.append(f"command line: {short(override)!r} is not key=value")
+            continue
+        try:
+            is_text = known.get(key) is str or get_origin(known.get(key)) is Literal
+            node = yaml.ScalarNode(TAG + "str", text) if is_text else compose(text)
+            given[key] = ("command line", node or yaml.ScalarNode(TAG + "null", ""))
+        except yaml.YAMLError as error:
+            problems.append(not_yaml(f"command line: {short(key)}", error))
+    return given
 
 
 def compose(text: str) -> yaml.Node | None:

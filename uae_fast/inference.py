@@ -19,7 +19,7 @@ from .rollout.renders import draw
 from .seeds import derive_seed
 from .text import printable
 
-GAP, LINE, CAPTION_WIDTH = 16, 20, 68  # of a sheet: pixels, pixels, characters
+PANEL, GAP, LINE, CAPTION_WIDTH = 256, 16, 20, 68  # of a sheet: three in pixels, one in characters
 
 
 class Captioned(NamedTuple):
@@ -93,18 +93,18 @@ def reconstruct(config: Config, models: Models, places: Sequence[Path], seed: in
     return [Reconstruction(*each, picture, reward) for each, picture, reward in found]
 
 
-def side_by_side(rows: Sequence[Reconstruction], panel: int = 256) -> Image.Image:
+def side_by_side(rows: Sequence[Reconstruction]) -> Image.Image:
     """One picture: a row for each source and its reconstruction, with caption and reward beneath."""
     font = ImageFont.load_default(15)
     captions = [textwrap.wrap(f"{row.caption}  (reward {row.reward:.3f})", CAPTION_WIDTH) for row in rows]
-    heights = [panel + GAP + LINE * len(lines) + GAP for lines in captions]
-    sheet = Image.new("RGB", (2 * panel + 3 * GAP, sum(heights) + GAP), "white")
+    heights = [PANEL + GAP + LINE * len(lines) + GAP for lines in captions]
+    sheet = Image.new("RGB", (2 * PANEL + 3 * GAP, sum(heights) + GAP), "white")
     pen, top = ImageDraw.Draw(sheet), GAP
     for row, lines, height in zip(rows, captions, heights, strict=True):
         for column, image in enumerate((row.image, row.drawn)):
-            method = Image.Resampling.NEAREST if max(image.size) < panel else Image.Resampling.LANCZOS
-            shown = ImageOps.contain(image, (panel, panel), method)
-            sheet.paste(shown, (GAP + column * (panel + GAP) + (panel - shown.width) // 2, top))
-        pen.text((GAP, top + panel + 6), "\n".join(lines), "black", font)
+            method = Image.Resampling.NEAREST if max(image.size) < PANEL else Image.Resampling.LANCZOS
+            shown = ImageOps.contain(image, (PANEL, PANEL), method)
+            sheet.paste(shown, (GAP + column * (PANEL + GAP) + (PANEL - shown.width) // 2, top))
+        pen.text((GAP, top + PANEL + 6), "\n".join(lines), "black", font)
         top += height
     return sheet

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-import yaml
+from .config_checks import invariants
+from .text import short
 
 PRESETS = Path(__file__).parent / "configs"
-TAG = "tag:yaml.org,2002:"
-SCALARS = {TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")}
-FOLDERS = ("run", "data.train", "data.heldout")
-DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
+MOMENTS = ("before", "stage0", "stage1", "stage2", "stage3")  # when held-out images are measured, and runs looked at
 
 
 class ConfigError(ValueError):
@@ -393,7 +390,7 @@ def find_config(name: str) -> Path:
         pass
     near = difflib.get_close_matches(path.stem, preset_names(), 1)
     hint = f"; did you mean the preset {near[0]}?" if near else f"; presets: {', '.join(preset_names())}"
-    raise ConfigError([f"{_short(name)}: no such file and no preset of that name{hint}"])
+    raise ConfigError([f"{short(name)}: no such file and no preset of that name{hint}"])
 
 
 def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -406,36 +403,18 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: with every mistake, each naming file and line, the key, and the nearest valid choice.
     """
-    path = find_config(str(name))
-    known = leaves()
-    problems: list[str] = []
-    given: dict[str, tuple[str, yaml.Node]] = {}  # key -> (where, value)
-    try:
-        root = _compose(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([_not_yaml(str(path), error)]) from None
-    if root is not None:
-        _collect(root, "", str(path), given, problems)
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            problems.append(f"command line: {_short(override)!r} is not key=value")
-            continue
-        try:
-            is_text = known.get(key) is str or get_origin(known.get(key)) is Literal
-            node = yaml.ScalarNode(TAG + "str", text) if is_text else _compose(text)
-            given[key] = ("command line", node or yaml.ScalarNode(TAG + "null", ""))
-        except yaml.YAMLError as error:
-            problems.append(_not_yaml(f"command line: {_short(key)}", error))
+    from .yaml_values import read_keys, read_value
 
+    known, problems = leaves(), list[str]()
+    given = read_keys(find_config(str(name)), overrides, known, problems)
     config = Config()
     for key, (where, node) in given.items():
         if key not in known:
-            problems.append(f"{where}: {_short(key)}: {_unknown(key, known)}")
+            problems.append(f"{where}: {short(key)}: {_unknown(key, known)}")
             continue
         group, _, leaf = key.rpartition(".")
         try:
-            setattr(getattr(config, group) if group else config, leaf, _value(node, known[key]))
+            setattr(getattr(config, group) if group else config, leaf, read_value(node, known[key]))
         except ValueError as error:
             problems.append(f"{where}: {key}: {error}")
     for key, message in invariants(config):
@@ -448,114 +427,11 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration as YAML, whole or not at all."""
+    import yaml
+
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False, width=math.inf), encoding="utf-8")
     temporary.replace(path)
-
-
-def _compose(text: str) -> yaml.Node | None:
-    """YAML as nodes: nothing is constructed, an alias is not expanded."""
-    try:
-        return yaml.compose(text, yaml.SafeLoader)
-    except RecursionError:
-        raise yaml.YAMLError("nested too deeply") from None
-
-
-def _not_yaml(where: str, error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if isinstance(error, OSError):
-        return f"{where}: {error.strerror}"
-    place = f"{where}:{mark.line + 1}" if mark and where != "command line" else where
-    return f"{place}: not valid YAML: {_short(getattr(error, 'problem', None) or str(error).splitlines()[0])}"
-
-
-def _collect(node: yaml.Node, prefix: str, file: str, given: dict, problems: list[str]) -> None:
-    if node.tag == TAG + "null":  # all its lines are commented out
-        return
-    where = f"{file}:{node.start_mark.line + 1}"
-    if not isinstance(node, yaml.MappingNode):
-        problems.append(f"{where}: {prefix.rstrip('.') or 'the file'}: expected keys and values")
-        return
-    groups = {key.rpartition(".")[0] for key in leaves() if "." in key}
-    seen: dict[str, str] = {}
-    for key_node, value_node in node.value:
-        where = f"{file}:{key_node.start_mark.line + 1}"
-        if not isinstance(key_node, yaml.ScalarNode):
-            problems.append(f"{where}: a key must be a word, not {_shown(key_node)}")
-            continue
-        key = prefix + key_node.value
-        if key in seen or key in given:
-            problems.append(f"{where}: {_short(key)}: given twice, first at {seen.get(key) or given[key][0]}")
-        seen[key] = where
-        if key in groups:
-            _collect(value_node, f"{key}.", file, given, problems)
-        else:
-            given[key] = (where, value_node)
-
-
-def _value(node: yaml.Node, kind: Any) -> Any:
-    """A node as text, a number, a truth value, one of a Literal's choices, or a list of such.
-
-    Raises:
-        ValueError: it is none; the message says what is expected.
-    """
-    if node.tag not in SCALARS | {TAG + "seq", TAG + "map"}:
-        raise ValueError(f"could not determine a constructor for the tag {_short(node.tag)!r}: plain values only")
-    if get_origin(kind) is list:
-        if not isinstance(node, yaml.SequenceNode):
-            raise ValueError(f"{_shown(node)} is not a list; write [a, b]")
-        return [_value(item, get_args(kind)[0]) for item in node.value]
-    text = node.value if isinstance(node, yaml.ScalarNode) and node.tag != TAG + "null" else None
-    if get_origin(kind) is Literal:
-        if text not in get_args(kind):
-            near = difflib.get_close_matches(text or "", get_args(kind), 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{_shown(node)} is none of {', '.join(get_args(kind))}{hint}")
-    elif kind is str:
-        if text is None:
-            raise ValueError(f"{_shown(node)} is not a text")
-        if "\0" in text or text != unicode_text(text):
-            raise ValueError(f"{_shown(node)} has a character that is no Unicode text")
-    elif kind is bool:
-        if text is None or text.lower() not in yaml.SafeLoader.bool_values:
-            raise ValueError(f"{_shown(node)} is neither true nor false")
-        return yaml.SafeLoader.bool_values[text.lower()]
-    elif kind is int:
-        if text is None or not re.fullmatch(r"[-+]?[0-9][0-9_]{0,17}", text):
-            raise ValueError(f"{_shown(node)} is not a whole number of at most 18 digits")
-        return int(text)
-    else:
-        try:
-            number = float(text if text is not None else "nothing")
-        except ValueError:
-            raise ValueError(f"{_shown(node)} is not a number") from None
-        if not math.isfinite(number):
-            raise ValueError(f"{_shown(node)} is not a finite number")
-        return number
-    return text
-
-
-def _shown(node: yaml.Node) -> str:
-    """A value as a message shows it."""
-    if isinstance(node, yaml.ScalarNode):
-        return "nothing" if node.tag == TAG + "null" else repr(_short(node.value))
-    return "a list" if isinstance(node, yaml.SequenceNode) else "a group of keys"
-
-
-def _short(text: str) -> str:
-    """Text from outside, in one line of at most 80 characters."""
-    line = printable(text[:81])
-    return line if len(line) <= 80 else f"{line[:77]}..."
-
-
-def printable(text: str) -> str:
-    """Text that moves no cursor, breaks no line and can be encoded: whatever else there is, is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def unicode_text(text: str) -> str:
-    """Text without halves of surrogate pairs, which no encoding takes: "?" in their place."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _unknown(key: str, known: dict[str, Any]) -> str:
@@ -567,189 +443,3 @@ def _unknown(key: str, known: dict[str, Any]) -> str:
     if inside and group:
         return f"unknown key; {group} has {', '.join(inside)}"
     return f"unknown key; there are {', '.join(dict.fromkeys(name.partition('.')[0] for name in known))}"
-
-
-def invariants(config: Config) -> list[tuple[str, str]]:
-    """Contradictions between keys, as (key, message); all of them, before any model loads."""
-    c, found = config, []
-
-    def need(holds: bool, key: str, message: str) -> None:
-        if not holds:
-            found.append((key, message))
-
-    for key, value in _numbers(config):
-        need(value >= 0 or key == "seed", key, f"{value} is negative")
-    for key in FOLDERS:
-        group, _, leaf = key.rpartition(".")
-        need(bool(getattr(getattr(c, group) if group else c, leaf).strip()), key, "names no folder")
-    need(bool(c.models.path.strip()) or not c.models.path, "models.path", "names no folder")
-    need(
-        bool(DEVICE.fullmatch(c.device)),
-        "device",
-        f"no device {_short(c.device)!r}; choose auto, cpu, cuda, cuda:N or mps",
-    )
-    need(c.data.resolution >= 1, "data.resolution", "at least 1")
-    need(c.data.max_bad < 1, "data.max_bad", "is a share: below 1")
-    need(bool(c.stages), "stages", "no stage to run; choose from 0, 1, 2, 3")
-    for stage in dict.fromkeys(c.stages):
-        need(stage in (0, 1, 2, 3), "stages", f"there is no stage {stage}; choose from 0, 1, 2, 3")
-        need(c.stages.count(stage) == 1, "stages", f"stage {stage} is listed twice")
-    for reporter in c.reporters:
-        need(reporter == "tensorboard", "reporters", f"no reporter {_short(reporter)!r}; choose from tensorboard")
-    betas_fit = len(c.optimizer.betas) == 2 and all(0 <= beta < 1 for beta in c.optimizer.betas)
-    need(betas_fit, "optimizer.betas", "two numbers of at least 0 and below 1 are needed")
-    need(c.optimizer.eps > 0, "optimizer.eps", "must be above 0")
-    need(c.optimizer.max_grad_norm > 0, "optimizer.max_grad_norm", "must be above 0")
-    for name in ("stage0", "stage1", "stage2", "stage3"):
-        stage = getattr(c, name)
-        rows = stage.images * getattr(stage, "group_size", 1)
-        need(stage.images >= 1, f"{name}.images", "at least 1 image a step")
-        need(stage.micro_batch >= 1, f"{name}.micro_batch", "at least 1")
-        if stage.micro_batch >= 1 and rows % stage.micro_batch:
-            found.append(
-                (
-                    f"{name}.micro_batch",
-                    f"{rows} samples a step do not divide into micro-batches of {stage.micro_batch}",
-                )
-            )
-        if hasattr(stage, "group_size"):
-            need(stage.group_size >= 2, f"{name}.group_size", "a group of 1 has no advantage: at least 2")
-            need(stage.updates >= 1, f"{name}.updates", "at least 1")
-    need(c.render.steps >= 2, "render.steps", "at least 2")
-    need(c.render.batch >= 1, "render.batch", "at least 1")
-    buckets = c.condition.buckets
-    need(
-        buckets == sorted(set(buckets)) and all(1 <= length < c.condition.length for length in buckets),
-        "condition.buckets",
-        f"must ascend and lie below condition.length = {c.condition.length}",
-    )
-    need(
-        accelerated(c) or c.same_sampler.attention == "auto",
-        "same_sampler.attention",
-        "chooses for the accelerated decoder alone; "
-        + ("models.offload is true" if c.models.offload else "same_sampler.accelerate is false"),
-    )
-    graph, kept = c.same_sampler.graph, c.models.decoder_quantization
-    need(
-        not graph or c.device == "auto" or c.device.startswith("cuda"),
-        "same_sampler.graph",
-        f"records CUDA graphs, but device = {_short(c.device)}: choose a CUDA device, or false",
-    )
-    need(
-        not graph or not c.models.offload,
-        "same_sampler.graph",
-        "a graph reads weights where they were recorded, but models.offload moves them: choose false",
-    )
-    need(
-        not graph or kept == "none",
-        "same_sampler.graph",
-        f"quantised layers are not recorded: models.decoder_quantization is {kept}, choose none, or false here",
-    )
-    cheap, steps = c.cheaper_sampler, c.cheaper_sampler.steps or c.render.steps
-    need(
-        cheap.steps < c.render.steps,
-        "cheaper_sampler.steps",
-        f"{cheap.steps} are no fewer than render.steps = {c.render.steps}; 0 takes as many",
-    )
-    need(0 < cheap.guided_part <= 1, "cheaper_sampler.guided_part", "is a share: above 0, and at most 1")
-    need(
-        cheap.guided_part == 1 or c.render.guidance_scale != 1,
-        "cheaper_sampler.guided_part",
-        "chooses guided steps, but there are none: render.guidance_scale is 1",
-    )
-    need(
-        cheap.reuse == sorted(set(cheap.reuse)) and all(1 <= step < steps for step in cheap.reuse),
-        "cheaper_sampler.reuse",
-        f"must ascend and lie between 1 and {steps - 1}, the last step: "
-        f"{'cheaper_sampler' if cheap.steps else 'render'}.steps = {steps}",
-    )
-    if c.same_sampler.fp8:
-        need(
-            accelerated(c),
-            "same_sampler.fp8",
-            "is of the accelerated decoder alone; "
-            + ("models.offload is true" if c.models.offload else "same_sampler.accelerate is false"),
-        )
-        need(
-            c.models.decoder_quantization == "none",
-            "same_sampler.fp8",
-            f"takes weights as they are; models.decoder_quantization is {c.models.decoder_quantization}",
-        )
-        need(
-            c.device.partition(":")[0] in ("auto", "cuda", "cpu"),
-            "same_sampler.fp8",
-            f"runs on a GPU by CUDA, or emulated on a CPU; device is {c.device}",
-        )
-    need(c.stage1.sampler_steps >= 1, "stage1.sampler_steps", "at least 1")
-    need(
-        1 <= c.stage1.backprop_last_steps <= c.stage1.sampler_steps,
-        "stage1.backprop_last_steps",
-        f"must lie between 1 and stage1.sampler_steps = {c.stage1.sampler_steps}",
-    )
-    need(c.stage3.window >= 1, "stage3.window", "at least 1")
-    need(
-        c.stage3.window <= c.stage3.window_end,
-        "stage3.window",
-        f"{c.stage3.window} steps do not fit into the first {c.stage3.window_end} (stage3.window_end)",
-    )
-    need(
-        c.stage3.window_end < c.render.steps,
-        "stage3.window_end",
-        f"must be below render.steps = {c.render.steps}: the last step is never trained on",
-    )
-    need(c.stage3.noise_level > 0, "stage3.noise_level", "must be above 0: a path without noise has no log-prob")
-    need(
-        c.stage3.kind != "cps" or c.stage3.noise_level <= 1,
-        "stage3.noise_level",
-        "of stage3.kind = cps is a fraction of a quarter turn: at most 1",
-    )
-    need(c.stage3.ema_decay < 1, "stage3.ema_decay", "must be below 1")
-    need(c.stage2.temperature > 0, "stage2.temperature", "must be above 0")
-    need(c.caption.max_new_tokens >= 1, "caption.max_new_tokens", "at least 1")
-    need(c.condition.length >= 1, "condition.length", "at least 1")
-    need(c.models.lora_rank >= 1, "models.lora_rank", "at least 1")
-    need(c.models.lora_alpha >= 1, "models.lora_alpha", "at least 1: at 0 an adapter adds nothing")
-    need(c.optimizer.max_skipped >= 1, "optimizer.max_skipped", "at least 1")
-    for part in ("encoder", "decoder"):
-        quantization = getattr(c.models, f"{part}_quantization")
-        key = f"models.{part}_quantization"
-        need(
-            quantization == "none" or getattr(c.models, part) == "lora",
-            key,
-            f"quantised weights do not train in full: set models.{part} to lora",
-        )
-        need(
-            quantization != "int8" or not c.models.offload,
-            key,
-            "int8 weights cannot be moved by models.offload: choose nf4",
-        )
-        need(
-            getattr(c.models, part) == "lora" or not c.models.offload,
-            f"models.{part}",
-            "what trains in full keeps copies that models.offload cannot move: choose lora",
-        )
-    encoders, weights = c.reward.encoders or [""], c.reward.weights
-    need(
-        len(weights) in (0, len(encoders)),
-        "reward.weights",
-        f"{len(weights)} weights for {len(encoders)} encoders (reward.encoders)",
-    )
-    need(
-        all(weight >= 0 for weight in weights) and (not weights or sum(weights) > 0),
-        "reward.weights",
-        "must not be negative, nor all 0",
-    )
-    need(c.checkpoint.every >= 1, "checkpoint.every", "at least 1")
-    need(c.checkpoint.keep >= 1, "checkpoint.keep", "at least 1")
-    return found
-
-
-def _numbers(config: Any, prefix: str = "") -> list[tuple[str, float]]:
-    found = []
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if is_dataclass(value):
-            found += _numbers(value, f"{prefix}{item.name}.")
-        elif isinstance(value, int | float):
-            found.append((prefix + item.name, value))
-    return found

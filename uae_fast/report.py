@@ -15,7 +15,8 @@ from typing import Any
 
 from PIL import Image
 
-MOMENTS = ("before", "stage0", "stage1", "stage2", "stage3")
+from .config import MOMENTS
+
 STAGES = {
     "stage0": "Decoder pre-training",
     "stage1": "Cold start",

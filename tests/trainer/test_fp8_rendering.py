@@ -7,7 +7,7 @@ import torch
 from uae_kernels import _triton
 from uae_kernels.mmdit.products import InFp8
 
-from uae_fast.cli import sampler_line
+from uae_fast.check import sampler_line
 from uae_fast.config import ConfigError, load_config
 from uae_fast.models.decoder import Decoder
 from uae_fast.models.fp8 import NAME, load_calibration

@@ -6,27 +6,29 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from ..checkpoint import write_whole
-from ..config import Config, cheaper
+from ..config import MOMENTS, Config, cheaper
 from ..data import Example, ImageFolder
 from ..logging import ProgressLine
 from ..models import Models
 from ..models.sources import models_folder
 from ..parquet import ParquetImages
-from ..rollout.captions import sample_captions
+from ..rollout.captions import Captions, sample_captions
 from ..rollout.renders import draw
 from ..seeds import derive_seed
 from ..tiny.classifier import Classifier
 from ..tiny.scenes import Scene, caption_scores, read_scene
 
-MOMENTS = ("before", "stage0", "stage1", "stage2", "stage3")
+Images = ImageFolder | ParquetImages
 
 
 class Evaluator:
@@ -36,7 +38,7 @@ class Evaluator:
     the images' `captions.jsonl` does not tell (attributes, complete captions) is left null.
     """
 
-    def __init__(self, config: Config, models: Models, data: ImageFolder | ParquetImages, folder: Path):
+    def __init__(self, config: Config, models: Models, data: Images, folder: Path):
         self.config, self.models, self.folder = config, models, folder
         self.count = min(config.evaluate.images, len(data))
         self.data = data
@@ -90,8 +92,7 @@ class Evaluator:
             path.mkdir(parents=True, exist_ok=True)
         rows: list[dict] = []
         with ProgressLine(f"measuring  {moment}", self.count) as progress:
-            for start in range(0, self.count, config.render.batch):
-                examples = [self.data[i] for i in range(start, min(start + config.render.batch, self.count))]
+            for examples in batches(self.data, self.count, config.render.batch):
                 captions = write(examples)
                 images = draw_examples(config, models, examples, [caption for caption, _ in captions])
                 rewards = self._rewards(images, examples)
@@ -128,17 +129,29 @@ class Evaluator:
         return found
 
 
+def batches(data: Images, count: int, size: int) -> Iterator[list[Example]]:
+    """The first `count` images, `size` at once."""
+    for start in range(0, count, size):
+        yield [data[i] for i in range(start, min(start + size, count))]
+
+
 def write_captions(config: Config, models: Models, examples: Sequence[Example]) -> list[tuple[str, int]]:
     """The encoder's captions of held-out images and their lengths in tokens, each from the seed of its image."""
-    captions = sample_captions(
+    seeds = [derive_seed(config.seed, "heldout", "caption", example.id) for example in examples]
+    captions = sample(config, models, [example.image for example in examples], seeds)
+    return list(zip(captions.texts, captions.mask.sum(1).tolist(), strict=True))
+
+
+def sample(config: Config, models: Models, images: Sequence[Image.Image], seeds: Sequence[int]) -> Captions:
+    """Captions of images as the encoder writes them outside of training (`caption`), each from its seed."""
+    return sample_captions(
         models.encoder,
-        models.encoder.prompt([example.image for example in examples]),
-        [derive_seed(config.seed, "heldout", "caption", example.id) for example in examples],
+        models.encoder.prompt(images),
+        seeds,
         temperature=config.caption.temperature,
         max_new_tokens=config.caption.max_new_tokens,
         engine=config.caption.engine,
     )
-    return list(zip(captions.texts, captions.mask.sum(1).tolist(), strict=True))
 
 
 def draw_examples(config: Config, models: Models, examples: Sequence[Example], captions: Sequence[str]) -> Tensor:
@@ -208,3 +221,29 @@ def _mean(rows: list[dict], key: str) -> float | None:
 
 def _stderr(values: Tensor) -> float | None:
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def print_summary(summary: dict) -> None:
+    """`summary.json` as a table, a line a moment."""
+
+    def number(value: float | None, digits: int = 3) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    title = f"held-out images, {summary['minutes']:.1f} minutes"
+    table = Table("", "reward", "± of the gain", "recall", "precision", "caption tokens", "accuracy", title=title)
+    for moment in MOMENTS:
+        if moment in summary:
+            m = summary[moment]
+            table.add_row(
+                moment if moment == "before" else f"after {moment}",
+                f"{number(m['reward'])} ± {number(m['reward_stderr'])}",
+                number(m["reward_gain_stderr"], 4),
+                number(m["attribute_recall"]),
+                number(m["attribute_precision"]),
+                number(m["caption_tokens"], 1),
+                number(m["accuracy"]),
+            )
+    if summary["ceiling"]:
+        ceiling = summary["ceiling"]
+        table.add_row("ceiling", number(ceiling["reward"]), "", "", "", "", number(ceiling["accuracy"]))
+    Console().print(table)

@@ -4,27 +4,78 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 
-from ..config import Config, ConfigError, printable
-from ..data import SUFFIXES, Example, ImageFolder, listed, load_image
+from ..config import Config, ConfigError, load_config
+from ..data import SUFFIXES, listed, load_image
+from ..environment import quiet_libraries
 from ..logging import ProgressLine
 from ..models import Models
-from ..models.loading import load_image_encoder, load_image_processor, run_device
-from ..models.sources import Source
-from ..parquet import ParquetImages
-from .heldout import draw_examples, picture_names, to_image, write_captions
+from ..models.loading import load_image_encoder, load_image_processor, load_models, load_run, run_device
+from ..models.sources import Source, find_sources
+from ..parquet import open_images
+from ..text import printable
+from .heldout import Images, batches, draw_examples, picture_names, to_image, write_captions
 
 PREFIX = "recon_"  # may stand before a reconstruction's name
 WHOLE = "whole"  # the folder of the drawings of captions that nothing was cut from
 BATCH = 16  # images embedded at once
 
-Images = ImageFolder | ParquetImages
+
+def evaluate(
+    place: str,
+    overrides: Sequence[str],
+    out: Path,
+    *,
+    at: str | None = None,
+    tokens: Sequence[int] = (),
+    reconstructions: Path | None = None,
+) -> None:
+    """`uae-fast evaluate`: redraws held-out images into `out`, compares, writes the scores there and prints them.
+
+    Args:
+        place: a configuration's file, a preset's name, or a run's folder.
+        overrides: of the configuration, "key=value".
+        out: a new folder.
+        at: the moment of a run; its last one unless given.
+        tokens: also with captions cut to each of these numbers of tokens.
+        reconstructions: a folder of drawings to compare instead.
+
+    Raises:
+        ConfigError: with every mistake, before any model loads.
+    """
+    is_run = Path(place).is_dir() and (Path(place) / "config.yaml").is_file()
+    config = load_config(Path(place) / "config.yaml" if is_run else place, overrides)
+    problems = [f"--tokens {k}: must be at least 1" for k in tokens if k < 1]
+    if out.exists():
+        problems.append(f"--out {out}: exists already; name a new folder")
+    if at and not is_run:
+        problems.append(f"--at {at}: {place} is no run's folder")
+    if reconstructions and (tokens or at):
+        problems.append("--reconstructions: is instead of drawing; leave out --tokens and --at")
+    if problems:
+        raise ConfigError(problems)
+    sources = find_sources(config)
+    data = open_images(config.data.heldout, "data.heldout", config.data)
+    quiet_libraries()
+    tokens, drawn = sorted(set(tokens)), reconstructions
+    if drawn is None:
+        models = load_run(Path(place), at, overrides)[1] if is_run else load_models(config)
+        reconstruct(config, models, data, out, tokens)
+        del models  # the image encoders need its memory
+        drawn = out / WHOLE
+    whole = compare(config, data, sources.judges, drawn)
+    by_tokens = {k: compare(config, data, sources.judges, out / str(k)) for k in tokens}
+    save_scores(out, whole, by_tokens)
+    print_scores(whole, by_tokens)
+    print(f"wrote {out}")
 
 
 def reconstruct(config: Config, models: Models, data: Images, out: Path, tokens: Sequence[int] = ()) -> None:
@@ -41,7 +92,7 @@ def reconstruct(config: Config, models: Models, data: Images, out: Path, tokens:
         (out / length).mkdir(parents=True)
     names, rows = picture_names(data.files), []
     with ProgressLine("redrawing", count(config, data)) as progress:
-        for examples in batches(config, data):
+        for examples in batches(data, count(config, data), config.render.batch):
             captions = write_captions(config, models, examples)
             for most in (None, *tokens):
                 texts = [text if most is None else cut(models, text, most) for text, _ in captions]
@@ -63,12 +114,6 @@ def cut(models: Models, caption: str, tokens: int) -> str:
 
 def count(config: Config, data: Images) -> int:
     return min(config.evaluate.images, len(data))
-
-
-def batches(config: Config, data: Images) -> Iterator[list[Example]]:
-    """The held-out images that are measured, as many at once as are drawn at once."""
-    for start in range(0, count(config, data), config.render.batch):
-        yield [data[i] for i in range(start, min(start + config.render.batch, count(config, data)))]
 
 
 def find_reconstructions(names: Mapping[str, str], folder: Path) -> dict[str, Path]:
@@ -106,7 +151,7 @@ def compare(config: Config, data: Images, judges: Sequence[Source], folder: Path
         cosine}}}}; the published tables have these numbers times 100.
     """
     names = picture_names(data.files)
-    files = [example.file for examples in batches(config, data) for example in examples]
+    files = [data[i].file for i in range(count(config, data))]
     paths = find_reconstructions({file: names[file] for file in files}, folder)
     device = run_device(config)
     found: dict[str, dict[str, Any]] = {}
@@ -120,8 +165,7 @@ def compare(config: Config, data: Images, judges: Sequence[Source], folder: Path
             return encoder(torch.cat(pixels).to(device))
 
         with torch.no_grad(), ProgressLine(f"comparing  {name}", len(files)) as progress:
-            for start in range(0, len(files), BATCH):
-                examples = [data[i] for i in range(start, min(start + BATCH, len(files)))]
+            for examples in batches(data, len(files), BATCH):
                 drawn = embed([load_image(paths[example.file]) for example in examples])
                 cosines = (embed([example.image for example in examples]) * drawn).sum(1)
                 scores |= dict(zip((example.file for example in examples), cosines.tolist(), strict=True))
@@ -146,6 +190,15 @@ def save_scores(out: Path, whole: dict[str, Any], by_tokens: dict[int, dict[str,
     if by_tokens:
         rows = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
         plot(whole, by_tokens, sum(row["tokens"] for row in rows) / len(rows), out / "by_tokens.png")
+
+
+def print_scores(whole: dict[str, Any], by_tokens: dict[int, dict[str, Any]]) -> None:
+    """Mean cosines as the published tables have them, times 100: a row for each length of captions."""
+    table = Table("captions", *whole["encoders"], "overall", title="cosine of source and reconstruction × 100")
+    for name, found in {"whole": whole, **{f"{k} tokens": found for k, found in by_tokens.items()}}.items():
+        averages = [encoder["average"] for encoder in found["encoders"].values()]
+        table.add_row(name, *(f"{100 * value:.2f}" for value in (*averages, found["overall"])))
+    Console().print(table)
 
 
 def plot(whole: dict[str, Any], by_tokens: dict[int, dict[str, Any]], mean_tokens: float, out: Path) -> None:

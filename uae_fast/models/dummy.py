@@ -80,9 +80,6 @@ def dummy_tokenizer(config: Any):
 
     What is sampled decodes to words that are read again as the same ids, so that captions keep their length.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     text = config.text_config
     special = {
         "<|endoftext|>": text.pad_token_id,
@@ -94,15 +91,22 @@ def dummy_tokenizer(config: Any):
     }
     free = [i for i in range(text.vocab_size) if i not in special.values()]
     special["<|im_start|>"], special["<unk>"] = free[-1], free[-2]
-    words = {f"w{i}": i for i in free[:-2]}
-    core = Tokenizer(models.WordLevel({**words, **special}, unk_token="<unk>"))
+    return word_tokenizer({**{f"w{i}": i for i in free[:-2]}, **special}, [t for t in special if t != "<unk>"])
+
+
+def word_tokenizer(vocabulary: dict[str, int], special: list[str]):
+    """A tokenizer of words between blanks, with a chat template as Qwen2.5-VL's; `special` are its special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         unk_token="<unk>",
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        additional_special_tokens=[token for token in special if token != "<unk>"],
+        additional_special_tokens=special,
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

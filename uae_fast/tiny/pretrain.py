@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import LOCAL
 from ..models.decoder import Decoder
+from ..models.dummy import word_tokenizer
 from ..models.encoder import Encoder
 from ..models.loading import save_decoder, save_encoder, save_reward
 from ..models.projector import Projector
@@ -40,33 +41,16 @@ SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
     "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-<|im_start|> {{ message.role }} {% if message.content is string %}{{ message.content }}{% else %}
-{%- for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>
-{%- else %}{{ part.text }} {% endif %}{% endfor %}{% endif %} <|im_end|> {% endfor -%}
-{%- if add_generation_prompt %}<|im_start|> assistant {% endif %}"""
 
 
 def build_encoder() -> Encoder:
     """A Qwen2.5-VL of 0.8 M parameters over the words of the small world: four image tokens, one for each cell."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     words = [*FILLER_WORDS, *sorted(ATTRIBUTE_WORDS), *PROMPT.split(), "user", "assistant", "generate"]
     vocabulary = {word: i for i, word in enumerate([*SPECIAL_TOKENS, "<unk>", *words])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="<unk>",
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=SPECIAL_TOKENS,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer = word_tokenizer(vocabulary, SPECIAL_TOKENS)
     size = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32}
     image_processor = Qwen2VLImageProcessorPil(patch_size=8, temporal_patch_size=1, merge_size=2, size=size)
     config = Qwen2_5_VLConfig(
@@ -397,7 +381,7 @@ def train_decoder(folder: Path, work: Path, steps: int = 550) -> dict:
     return entry
 
 
-PARTS = {
+PARTS = {  # in this order: the decoder is trained with encoder and VAE
     "encoder": train_encoder,
     "reward": train_reward,
     "classifier": train_classifier,
@@ -406,20 +390,19 @@ PARTS = {
 }
 
 
-def pretrain(folder: Path, work: Path, parts: Iterable[str] = tuple(PARTS)) -> None:
+def pretrain(folder: Path, work: Path) -> None:
     """Trains the missing parts into `folder` and writes `card.json`: steps, minutes and last loss of each.
 
     Args:
         folder: where the weights go, one subfolder a part.
         work: scratch folder of resumable training states.
-        parts: which of PARTS, in an order in which ``decoder`` comes after ``encoder`` and ``vae``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     card = folder / "card.json"
     entries = json.loads(card.read_text()) if card.exists() else {}
-    for part in parts:
+    for part, train in PARTS.items():
         if part not in entries:
-            entries[part] = PARTS[part](folder, work)
+            entries[part] = train(folder, work)
             card.write_text(json.dumps(entries, indent=1) + "\n")
         print(part, entries[part], flush=True)

@@ -1,0 +1,46 @@
+"""What a run runs in: versions, hardware, and the other libraries' talk."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = (
+    "uae-fast", "uae-kernels", "torch", "triton", "transformers", "diffusers", "peft", "accelerate", "bitsandbytes",
+    "safetensors", "pyyaml", "flash-attn", "xformers",
+)  # fmt: skip
+
+
+def describe_environment() -> Iterator[str]:
+    """Versions and hardware, a line each, for a bug report."""
+    import torch
+
+    from .determinism import describe_determinism
+
+    yield f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores"
+    for name in PACKAGES:
+        try:
+            yield f"{name} {version(name)}"
+        except PackageNotFoundError:
+            yield f"{name} not installed"
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        yield f"GPU {i}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+    if not torch.cuda.is_available():
+        yield "GPU none"
+    yield describe_determinism()
+
+
+def quiet_libraries() -> None:
+    """Turns off the libraries' own progress bars and advice; their errors still show."""
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

@@ -102,14 +102,27 @@ def store_rows(x, places, inside, values, WIDTH: tl.constexpr, DEPTH: tl.constex
 
 @jit()
 def attend(
+    q, k, v, total, mass, top, full, size, limit, k_stride, v_stride, scale,
+    WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Adds `size` keys, COLUMNS at a time, to Σ p·v, Σ p and the largest score, p = 2^(score − largest).
+
+    score = scale·q·k. Every row sees the first `full` keys, whole blocks; of the others those below its `limit`.
+    """
+    total, mass, top = _attend(
+        q, k, v, total, mass, top, 0, full, size, limit, k_stride, v_stride, scale, False, WIDTH, DEPTH, ROWS, COLUMNS
+    )
+    return _attend(
+        q, k, v, total, mass, top, full, size, size, limit, k_stride, v_stride, scale, True, WIDTH, DEPTH, ROWS, COLUMNS
+    )
+
+
+@jit()
+def _attend(
     q, k, v, total, mass, top, start, stop, size, limit, k_stride, v_stride, scale,
     MASKED: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys start … stop, COLUMNS at a time, to Σ p·v, Σ p and the largest score, p = 2^(score − largest).
-
-    score = scale·q·k. MASKED: `size` keys exist, and a row sees those below its `limit`. Such blocks are few: a
-    pipeline for them would only take registers.
-    """
+    """Keys start … stop; MASKED blocks are few: a pipeline for them would only take registers."""
     for first in tl.range(start, stop, COLUMNS, num_stages=1 if MASKED else None):
         j = first + tl.arange(0, COLUMNS)
         inside = j < size if MASKED else None
@@ -129,10 +142,25 @@ def attend(
 
 @jit()
 def query_gradient(
+    q, g, lse, delta, k, v, total, full, size, limit, k_stride, v_stride, scale,
+    WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Adds `size` keys to Σ ds·k, ds = p·(g·v − delta), p = 2^(score − lse); otherwise as `attend`."""
+    total = _query_gradient(
+        q, g, lse, delta, k, v, total, 0, full, size, limit, k_stride, v_stride, scale, False, WIDTH, DEPTH, ROWS,
+        COLUMNS,
+    )  # fmt: skip
+    return _query_gradient(
+        q, g, lse, delta, k, v, total, full, size, size, limit, k_stride, v_stride, scale, True, WIDTH, DEPTH, ROWS,
+        COLUMNS,
+    )  # fmt: skip
+
+
+@jit()
+def _query_gradient(
     q, g, lse, delta, k, v, total, start, stop, size, limit, k_stride, v_stride, scale,
     MASKED: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys start … stop to Σ ds·k, ds = p·(g·v − delta), p = 2^(score − lse); otherwise as `attend`."""
     for first in tl.range(start, stop, COLUMNS, num_stages=1 if MASKED else None):
         j = first + tl.arange(0, COLUMNS)
         inside = j < size if MASKED else None

@@ -115,14 +115,9 @@ def _forward_kernel(
         v = _head_of(segment == 1, sample, head, v_a, v_row_a, v_head_a, v_b, v_row_b, v_head_b)
         k_token, v_token = tl.where(segment == 1, k_token_b, k_token_a), tl.where(segment == 1, v_token_b, v_token_a)
         tokens = tl.where(segment == 1, tokens_b, tokens_a)
-        full = tokens // COLUMNS * COLUMNS
         total, mass, top = attend(
-            queries, k, v, total, mass, top, 0, full, tokens, tokens,
-            k_token, v_token, scale, False, WIDTH, DEPTH, ROWS, COLUMNS,
-        )  # fmt: skip
-        total, mass, top = attend(
-            queries, k, v, total, mass, top, full, tokens, tokens, tokens,
-            k_token, v_token, scale, True, WIDTH, DEPTH, ROWS, COLUMNS,
+            queries, k, v, total, mass, top, tokens // COLUMNS * COLUMNS, tokens, tokens,
+            k_token, v_token, scale, WIDTH, DEPTH, ROWS, COLUMNS,
         )  # fmt: skip
     store_rows(tl.where(second, out_b, out_a), at, inside, total / mass[:, None], WIDTH, DEPTH)
     tl.store(lses + place, top + tl.log2(mass), mask=inside)
@@ -155,14 +150,9 @@ def _queries_kernel(
         v = _head_of(segment == 1, sample, head, v_a, v_row_a, v_head_a, v_b, v_row_b, v_head_b)
         k_token, v_token = tl.where(segment == 1, k_token_b, k_token_a), tl.where(segment == 1, v_token_b, v_token_a)
         tokens = tl.where(segment == 1, tokens_b, tokens_a)
-        full = tokens // COLUMNS * COLUMNS
         total = query_gradient(
-            queries, grads, lse, delta, k, v, total, 0, full, tokens, tokens,
-            k_token, v_token, scale, False, WIDTH, DEPTH, ROWS, COLUMNS,
-        )  # fmt: skip
-        total = query_gradient(
-            queries, grads, lse, delta, k, v, total, full, tokens, tokens, tokens,
-            k_token, v_token, scale, True, WIDTH, DEPTH, ROWS, COLUMNS,
+            queries, grads, lse, delta, k, v, total, tokens // COLUMNS * COLUMNS, tokens, tokens,
+            k_token, v_token, scale, WIDTH, DEPTH, ROWS, COLUMNS,
         )  # fmt: skip
     total *= scale * LN2
     if weight_a is not None:

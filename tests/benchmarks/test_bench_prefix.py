@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import set_checkpoint_early_stop
-from uae_kernels import linear_grpo_loss
+from uae_kernels import linear_grpo_loss, reference
 
 from benchmarks.kernels.harness import _flops
 from benchmarks.trainer.prefix_flops import MODES, pretended, qwen, table_row, update
@@ -41,6 +41,7 @@ def small(mode, checkpointing):
 def test_an_updates_products_are_those_a_cpu_runs(mode, checkpointing, shared):
     encoder = small(mode, checkpointing)
     encoder.trainable()
+    encoder.prefix_attention = reference.shared_prefix_attention  # in plain products
     ids = torch.zeros(len(CAPTIONS), max(CAPTIONS), dtype=torch.long)
     mask = torch.arange(max(CAPTIONS)) < torch.tensor(CAPTIONS)[:, None]
     asked = torch.zeros(1, P, dtype=torch.long)

@@ -231,8 +231,9 @@ def test_impl(device):
     with pytest.raises(RuntimeError, match=r"torch\.float32 heads of more than 64 channels"):
         run(wide)
     for given_ in (inputs, wide):
-        expected = reference.shared_prefix_attention(*given_, group_size=G)
-        assert torch.equal(shared_prefix_attention(*given_, group_size=G), expected)
+        out = shared_prefix_attention(*given_, group_size=G)
+        assert torch.equal(out, shared_prefix_attention(*given_, group_size=G, impl="torch"))
+        torch.testing.assert_close(out, reference.shared_prefix_attention(*given_, group_size=G))
 
 
 def test_compiles_for_all_scales(device):

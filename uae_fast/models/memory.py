@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from uae_kernels import shared_prefix_attention
-from uae_kernels._attention import unsupported
 
 from ..config import Config, ConfigError
 from . import Models
@@ -204,8 +202,6 @@ class Predictor:
             encoder.adapters.add_adapter(READER, encoder.adapters.peft_config["default"])
             encoder.to("meta")
         encoder.freeze_reader()
-        if config.device != "cpu":
-            encoder.prefix_attention = kernel_attention
         self.prompt_length += len(self.models.encoder.tokenizer(self.models.encoder._prompt_text)["input_ids"])
         self.parts = {name: part for name in PARTS if (part := getattr(self.models, name)) is not None}
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -418,15 +414,6 @@ class FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         (jacobian,) = ctx.saved_tensors
         return torch.empty_like(jacobian, dtype=torch.float32) * gradient.unsqueeze(-1)
-
-
-def kernel_attention(q: Tensor, *tensors: Tensor, lengths: Tensor, prefix_lengths: Tensor, **options: Any) -> Tensor:
-    """`shared_prefix_attention` as on a GPU: where its kernels can serve, their results and what they keep."""
-    if unsupported(q, q.shape[3]):
-        return shared_prefix_attention(q, *tensors, lengths=lengths, prefix_lengths=prefix_lengths, **options)
-    scale, size = torch.empty(1), options["group_size"]
-    op = torch.ops.uae_kernels.shared_prefix_attention
-    return op(q, *tensors, lengths, prefix_lengths, scale, size)[0]
 
 
 def quantisable(models: Models, name: str) -> Iterator[nn.Linear]:

@@ -28,9 +28,9 @@ def shared_prefix_attention(
     dtype, result = compute_dtype(q), q.dtype
     scale = width**-0.5 if scale is None else scale
     # Groups (B, G, ...) beside the prefixes (B, ...); query heads (Hkv, Hq/Hkv) beside those of keys and values.
-    q, k, v = (_kept(x, lengths).to(dtype).unflatten(0, (batch, group_size)) for x in (q, k, v))
+    q, k, v = (kept(x, lengths).to(dtype).unflatten(0, (batch, group_size)) for x in (q, k, v))
     q = q.unflatten(3, (kv_heads, heads // kv_heads))
-    prefix_k, prefix_v = (_kept(x, prefix_lengths).to(dtype) for x in (prefix_k, prefix_v))
+    prefix_k, prefix_v = (kept(x, prefix_lengths).to(dtype) for x in (prefix_k, prefix_v))
 
     shared = torch.einsum("bgthrd,bphd->bghrtp", q, prefix_k) * scale
     own = torch.einsum("bgthrd,bgshd->bghrts", q, k) * scale
@@ -41,10 +41,10 @@ def shared_prefix_attention(
         shared = shared.masked_fill(~seen[:, None, None, None, None], -torch.inf)
     p, p_own = torch.softmax(torch.cat([shared, own], -1), -1).split([prefix, tokens], -1)
     out = torch.einsum("bghrtp,bphd->bgthrd", p, prefix_v) + torch.einsum("bghrts,bgshd->bgthrd", p_own, v)
-    return _kept(out.reshape(rows, tokens, heads, width), lengths).to(result)
+    return kept(out.reshape(rows, tokens, heads, width), lengths).to(result)
 
 
-def _kept(x: Tensor, lengths: Tensor | None) -> Tensor:
+def kept(x: Tensor, lengths: Tensor | None) -> Tensor:
     """x (rows, T, H, D) with zeros from each row's length on, whatever stood there."""
     if lengths is None:
         return x

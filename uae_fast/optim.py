@@ -21,7 +21,9 @@ def build_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.
     for group in groups:
         group["peak_lr"] = group["lr"]
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, **options)
+        # One kernel in place on a GPU: the one of many would hold the square roots of all second moments at once
+        fused = all(p.is_cuda for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, fused=fused or None, **options)
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
     with warnings.catch_warnings():
@@ -53,7 +55,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         group, index, parameter = places[int(place)]
         state = optimizer.state[parameter]
         if isinstance(optimizer, torch.optim.AdamW):
-            state[name] = value if name == "step" else value.to(parameter.device)
+            here = name != "step" or optimizer.param_groups[group]["fused"]
+            state[name] = value.to(parameter.device) if here else value
             continue
         if not state:  # bitsandbytes makes its own buffers, in paged memory where they are to be paged
             optimizer.init_state(optimizer.param_groups[group], parameter, group, index)  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from uae_fast.checkpoint import checkpoints
 from uae_fast.config import ConfigError, load_config
 from uae_fast.data import ImageFolder
 from uae_fast.models.loading import load_image_encoder, load_models
-from uae_fast.models.reward import Reward, to_tensor
+from uae_fast.models.reward import Reward, _Bicubic, to_tensor
 from uae_fast.models.sources import Source
 from uae_fast.trainer import STAGES, train
 
@@ -146,6 +146,18 @@ def test_length_control_takes_a_penalty_for_every_token_beyond(world, small_conf
     assert "reward_similarity" not in plain.metrics
     assert controlled.metrics["reward_similarity"].item() == pytest.approx(plain.metrics["reward"].item())
     assert controlled.metrics["reward"] < plain.metrics["reward"]
+
+
+@pytest.mark.parametrize("height, width, size", [(32, 32, 24), (20, 31, 28), (40, 24, 40)])
+def test_gradients_pass_the_resizing(height, width, size):
+    draws = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, height, width, dtype=torch.float64, generator=draws, requires_grad=True)
+    upstream = torch.randn(2, 3, size, size, dtype=torch.float64, generator=draws)
+    found = _Bicubic.apply(images, (size, size))
+    expected = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+    assert torch.equal(found, expected)
+    (gradient,), (truth,) = (torch.autograd.grad(x, images, upstream) for x in (found, expected))
+    assert (gradient - truth).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(

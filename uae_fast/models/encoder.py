@@ -18,6 +18,8 @@ from uae_kernels import shared_prefix_attention
 from ..config import ConfigError
 from ..phases import phase
 from ..text import unicode_text
+from ..transfer import sent
+from .batches import pick
 from .shared_prefix import Ragged, SharedPrefix, recomputing, sharing_prefixes
 
 LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -53,9 +55,9 @@ class Prompt:
     def take(self, rows: Sequence[int]) -> Prompt:
         """The prompts of these rows, each as often as it is named."""
         return Prompt(
-            self.ids[rows],
-            self.mask[rows],
-            self.positions[:, rows],
+            pick(self.ids, rows),
+            pick(self.mask, rows),
+            pick(self.positions.transpose(0, 1), rows).transpose(0, 1),
             tuple(self.features[row] for row in rows),
             tuple(self.lengths[row] for row in rows),
         )
@@ -178,9 +180,9 @@ class Encoder(nn.Module):
 
     def _pad(self, rows: Sequence[list[int]], length: int) -> tuple[Tensor, Tensor]:
         pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=self.device)
-        lengths = torch.tensor([[len(row)] for row in rows], device=self.device)
-        return ids, torch.arange(length, device=self.device) < lengths
+        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+        mask = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
+        return sent(ids, self.device), sent(mask, self.device)
 
     # ---- what trains ------------------------------------------------------------------------------------------------
 
@@ -259,18 +261,19 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def prompt(self, images: Sequence[Image.Image]) -> Prompt:
         """Runs the vision tower once over B images and lays out their caption prompts."""
-        pixels = self.image_processor(list(images), return_tensors="pt").to(self.device)
+        pixels = self.image_processor(list(images), return_tensors="pt")
         grid = pixels["image_grid_thw"]
-        features = self.model.model.get_image_features(pixels["pixel_values"], grid).pooler_output
+        values, places = (sent(x, self.device) for x in (pixels["pixel_values"], grid))
+        features = self.model.model.get_image_features(values, places).pooler_output
         image_token = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
         texts = [self._prompt_text.replace(image_token, image_token * len(feature)) for feature in features]
         tokens = self.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-        lengths = tokens["attention_mask"].sum(1).tolist()
-        tokens = tokens.to(self.device)
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        types = (ids == self.model.config.image_token_id).int()
+        lengths, types = mask.sum(1).tolist(), (ids == self.model.config.image_token_id).int()
+        # Read number by number: on the host
         positions, _ = self.model.model.get_rope_index(ids, types, image_grid_thw=grid, attention_mask=mask)
-        return Prompt(ids, mask.bool(), positions, tuple(features), tuple(lengths))
+        ids, mask, positions = (sent(x, self.device) for x in (ids, mask.bool(), positions))
+        return Prompt(ids, mask, positions, tuple(features), tuple(lengths))
 
     def embed(self, prompt: Prompt) -> Tensor:
         """Input embeddings (B, P, H) of a prompt, image features in their places."""
@@ -310,7 +313,7 @@ class Encoder(nn.Module):
         )
         width, size = prompt.ids.shape[1], shared.group_size
         kept = [row * width + i for row, n in enumerate(prompt.lengths) for i in range(width - n, width)]
-        places = torch.tensor(kept, device=self.device)
+        places = sent(torch.tensor(kept), self.device)
         written = caption_ids[:, : shared.captions.width]
         positions = self.caption_positions(prompt, written.shape[1]).repeat_interleave(size, 1)
         parts = [

@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..transfer import sent
+
 SOURCES = 16_384  # embeddings of source images that are kept, those used last: 50 MB of CLIP ViT-L/14's
+
+
+class _Bicubic(torch.autograd.Function):
+    """Resizing with antialiasing, whose gradient is two matrix products: on a GPU PyTorch's own adds up in no fixed order,
+    and raises where `deterministic` is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, size: tuple[int, int]) -> Tensor:
+        ctx.sides = images.shape[-2:]
+        return F.interpolate(images, size, mode="bicubic", antialias=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        rows, columns = (_weights(*sides, gradient) for sides in zip(ctx.sides, gradient.shape[-2:], strict=True))
+        return rows.T @ gradient @ columns, None
+
+
+def _weights(side: int, size: int, like: Tensor) -> Tensor:
+    """The matrix (size, side) that resizes a column of `side` pixels."""
+    columns = torch.eye(side, dtype=like.dtype, device=like.device)[None, None]
+    return F.interpolate(columns, (size, side), mode="bicubic", antialias=True)[0, 0]
 
 
 class ImageEncoder(nn.Module):
@@ -39,7 +63,7 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Unit embeddings (B, D), fp32, of images (B, 3, H, W) in [0, 1]."""
         if images.shape[-2:] != (self.size, self.size):
-            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+            images = _Bicubic.apply(images, (self.size, self.size)).clamp(0, 1)
         pixels = ((images - self.mean) / self.std).to(self.model.dtype)
         if hasattr(self.model, "get_image_features"):
             features = self.model.get_image_features(pixel_values=pixels).pooler_output
@@ -78,7 +102,7 @@ class Reward(nn.Module):
         """
 
         def one(image: Image.Image) -> Tensor:
-            return self.embed(to_tensor(image).to(self.encoders[0].get_buffer("mean").device))
+            return self.embed(sent(to_tensor(image), self.encoders[0].get_buffer("mean").device))
 
         if names is None:
             return torch.cat([one(image) for image in images])

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from uae_kernels import shared_prefix_attention
 
+from ..transfer import sent
+
 NAME = "uae_shared_prefix"  # of the attention in transformers' registries
 
 
@@ -33,7 +35,7 @@ class Ragged:
     def of(cls, lengths: Sequence[int], device: torch.device) -> Ragged:
         width = max(lengths)
         places = [row * width + column for row, length in enumerate(lengths) for column in range(length)]
-        return cls(torch.tensor(lengths, device=device), torch.tensor(places, device=device, dtype=torch.long), width)
+        return cls(sent(torch.tensor(lengths), device), sent(torch.tensor(places, dtype=torch.long), device), width)
 
     @property
     def tokens(self) -> int:

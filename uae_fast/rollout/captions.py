@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..models.encoder import Encoder, Prompt
 from ..phases import phase
+from ..transfer import sent
 from .decoding import choose, write
 
 
@@ -66,7 +67,7 @@ def sample_captions(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draws = torch.stack([torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators])
     engines = {"uae": write, "generate": generate}
-    ids, logprobs = engines[engine](encoder, prompt, draws.to(encoder.device), temperature)
+    ids, logprobs = engines[engine](encoder, prompt, sent(draws, encoder.device), temperature)
 
     ends = ids == encoder.eos_id
     mask = ends.cumsum(1) - ends.long() == 0

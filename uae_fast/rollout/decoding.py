@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.encoder import Encoder, Prompt
+from ..transfer import sent
 
 CHECK_EVERY = 4  # steps between two questions to a GPU: how many captions are unfinished?
 SMALLEST = 8  # rows of the smallest batch: fewer cost as much, and a CPU multiplies fewer than 4 in another way
@@ -31,7 +32,8 @@ def choose(logits: Tensor, draws: Tensor, temperature: float, suppressed: Tensor
     scores = logits / (temperature or 1.0)
     allowed = scores.index_fill(1, suppressed, -torch.inf)
     if temperature:
-        cumulative = allowed.softmax(-1).cumsum(-1, dtype=torch.float64)  # in fp32 its parts might not ascend
+        # In whole units of 2⁻⁵²: sums of integers are exact, ascend, and are the same on every device
+        cumulative = (allowed.softmax(-1) * 2.0**52).long().cumsum(-1)
         tokens = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(-1)
     else:
         tokens = allowed.argmax(-1)
@@ -126,7 +128,7 @@ class Writing:
         self.cache = FixedCache(prompts, size, length, self.slot)
         self.ids = torch.full((count, room), encoder.tokenizer.pad_token_id, device=device)
         self.logprobs = torch.zeros(count, room, device=device)
-        self.suppressed = torch.tensor(encoder.suppressed_ids, device=device)
+        self.suppressed = sent(torch.tensor(encoder.suppressed_ids), device)
         self.rows = torch.arange(count, device=device)
         self.finished = torch.zeros(count, dtype=torch.bool, device=device)
         self.tokens = torch.empty(count, dtype=torch.long, device=device)

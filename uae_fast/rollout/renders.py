@@ -17,6 +17,7 @@ from ..models.batches import by_length, in_batches, pick
 from ..models.decoder import Decoder
 from ..models.fp8 import CAPTIONS
 from ..phases import phase
+from ..transfer import sent
 from .graphs import loops_of
 
 
@@ -102,7 +103,7 @@ class Trajectory:
 def initial_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
     """Standard normal latents (B, *shape), fp32, one seed a row."""
     rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(device)
+    return sent(torch.stack(rows), device)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from ..data import Example, square
 from ..models import Models
 from ..models.decoder import Decoder
 from ..seeds import generator
+from ..transfer import sent
 from . import Metrics
 
 
@@ -82,14 +83,14 @@ class DecoderPretrain:
         decoder = self.models.decoder
         images = torch.cat([square(example.image, self.config.data.resolution) for example in examples])
         captions, size = [example.caption or "" for example in examples], self.settings.micro_batch
-        latents = torch.cat([decoder.encode(some.to(decoder.device)) for some in images.split(size)])
+        latents = torch.cat([decoder.encode(sent(some, decoder.device)) for some in images.split(size)])
         read = [self.models.encoder.read(captions[i : i + size], "policy") for i in range(0, len(captions), size)]
         states, mask = (torch.cat(part) for part in zip(*read, strict=True))
         draws = [
             flow_matching_draws((1, *latents.shape[1:]), generator(self.config.seed, self.name, step, example.id))
             for example in examples
         ]
-        sigma, noise = (torch.cat(part).to(decoder.device) for part in zip(*draws, strict=True))
+        sigma, noise = (sent(torch.cat(part), decoder.device) for part in zip(*draws, strict=True))
         return Pairs(latents, states, mask, sigma, noise, self.models.lengths(captions))
 
     def loss(self, rollout: Pairs, rows: slice) -> tuple[Tensor, Metrics]:

@@ -15,6 +15,7 @@ from ..models import Models
 from ..rollout.captions import sample_captions
 from ..rollout.renders import Guidance, Trajectory, sde_window
 from ..seeds import derive_seed
+from ..transfer import sent
 from . import Metrics, caption_metrics, judge, policy_metrics, reward_metrics, sampler_metrics
 
 
@@ -74,7 +75,7 @@ class UnderstandingForGeneration:
             models.decoder,
             models.condition(captions.texts),
             [self.seed("noise", step, example.id) for example in examples],
-            torch.tensor(step_seeds, device=models.decoder.device),
+            sent(torch.tensor(step_seeds), models.decoder.device),
             group_size=size,
             start=start,
             resolution=config.data.resolution,

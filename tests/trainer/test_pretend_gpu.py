@@ -1,0 +1,109 @@
+"""Steps of every stage on a GPU that is pretended: a GPU's rules, a CPU's numbers, and every wait of the host known."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pretend_gpu import gpu
+
+from uae_fast.guards import StopRequest
+from uae_fast.models.loading import load_models
+from uae_fast.optim import RunningMean, build_optimizer
+from uae_fast.parquet import open_images
+from uae_fast.rollout.decoding import CHECK_EVERY
+from uae_fast.run import Position
+from uae_fast.speed import Speed
+from uae_fast.trainer import STAGES, take_step
+
+LORA = ("models.encoder=lora", "models.decoder=lora")
+CHECKPOINTED = ("models.gradient_checkpointing=true", "same_sampler.graph=true")
+CHECKS = "rollout/decoding.py:write:_local_scalar_dense"  # how many captions are unfinished?
+READS = {"models/encoder.py:read:_local_scalar_dense": 2}  # transformers: does the mask hide anything?
+FETCH = {"guards.py:fetch:_to_copy": 1}
+WRITES = {
+    # transformers' vision tower: how large are the images, where do their windows end?
+    "models/encoder.py:prompt:_to_copy": 12, "models/encoder.py:prompt:repeat_interleave": 1,
+    "models/encoder.py:prompt:unique_consecutive": 1, "models/encoder.py:prompt:index": 4,
+    "rollout/decoding.py:__init__:_local_scalar_dense": 1,  # as READS, of the prompts
+    "rollout/captions.py:sample_captions:_local_scalar_dense": 1,  # the longest
+    "rollout/captions.py:sample_captions:_to_copy": 1,  # their text
+}  # fmt: skip
+LENGTHS = {"stages/generation_for_understanding.py:rollout:_to_copy": 1}
+WAITS = {0: READS | FETCH, 1: READS | FETCH, 2: WRITES | READS | LENGTHS | FETCH, 3: WRITES | READS | FETCH}
+
+
+def steps(number, config, count=2):
+    """The metrics of a stage's first steps, one after another."""
+    models = load_models(config)
+    models.encoder.freeze_reader()
+    stage = STAGES[number](config, models)
+    groups = stage.groups()
+    optimizer = build_optimizer(groups, config.optimizer)
+    mean = RunningMean([p for group in groups for p in group["params"]], getattr(stage.settings, "ema_decay", 0.0))
+    data = open_images(config.data.train, "data.train", config.data, captions=stage.needs_captions)
+    run = SimpleNamespace(config=config, models=models, stop=StopRequest(), position=Position())
+    speed = Speed(stage, config)
+    for step in range(count):
+        speed.start()
+        examples = data.batch(step, stage.settings.images, config.seed, stage.name)
+        values, bad = take_step(stage, examples, step, optimizer, mean, run)
+        speed.measure(values)
+        assert not bad
+        yield {k: v for k, v in values.items() if "second" not in k and "memory" not in k and k != "mfu"}
+
+
+@pytest.mark.parametrize("options", [(), LORA + CHECKPOINTED])
+@pytest.mark.parametrize("number", range(4))
+def test_steps_on_a_gpu_are_those_on_a_cpu(number, options, world, small_config):
+    more = ("stage2.micro_batch=4", "stage3.micro_batch=4", *options)
+    config = small_config(world, *(option for option in more if "graph" not in option), "device=cpu")
+    on_cpu = list(steps(number, config))
+    with gpu(deterministic=True) as pretended:
+        found = []
+        for values in steps(number, small_config(world, *more, "device=cuda")):
+            found.append(values)
+            waits = dict(pretended.waits)
+            pretended.waits.clear()
+    for values, expected in zip(found, on_cpu, strict=True):
+        assert values == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    checks = waits.pop(f"uae_fast/{CHECKS}", 0)
+    assert checks == (0 if number < 2 else -(-int(found[-1]["completions/max_length"]) // CHECK_EVERY))
+    assert waits == {f"uae_fast/{line}": count for line, count in WAITS[number].items()}
+
+
+def test_what_a_gpu_would_refuse():
+    """The rules that the steps above pass."""
+    with gpu(deterministic=True) as pretended:
+        x, graph = torch.rand(4, 4, device="cuda"), torch.cuda.CUDAGraph()
+        assert x.device == torch.device("cuda", 0) and x.is_cuda
+        with pytest.raises(RuntimeError, match="two devices"):
+            x + torch.ones(4)
+        with pytest.raises(RuntimeError, match="numpy"):
+            x.numpy()
+        with pytest.raises(RuntimeError, match="deterministic"):
+            x.cumsum(0)
+        assert not pretended.waits
+        assert x.sum().item() > 0 and len(x[x > 2]) == 0 and len(x[torch.tensor([1])]) == 1
+        assert x.cpu().shape == torch.tensor([1.0], device="cuda").expand(4, 4).shape
+        assert pretended.waits == {
+            "elsewhere:_local_scalar_dense": 1, "elsewhere:index": 2, "elsewhere:_to_copy": 2,
+        }  # fmt: skip
+        for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: torch.tensor(1.0, device="cuda")):
+            with pytest.raises(RuntimeError, match="while a CUDA graph is recorded"), torch.cuda.graph(graph):
+                wait()
+
+
+def test_a_recorded_graph_computes_on_its_memory():
+    with gpu():
+        x, once, graph = torch.ones(3, device="cuda"), torch.ones(3, device="cuda"), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x.add_(once)
+            twice = x * 2
+        assert x.tolist() == [1, 1, 1]  # recording computes nothing
+        graph.replay()
+        x.mul_(10)
+        graph.replay()
+        assert x.tolist() == [21, 21, 21] and twice.tolist() == [42, 42, 42]
+        del once
+        with pytest.raises(RuntimeError, match="given back"):
+            graph.replay()

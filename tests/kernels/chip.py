@@ -4,6 +4,7 @@ NumPy's max and min keep a NaN that PTX's drop, and its quotients, roots and exp
 they err by as much as the instructions that Triton emits may err (PTX ISA, "Floating Point Instructions": div.full
 2 ulp, sqrt.approx 2⁻²³, ex2.approx 2⁻²²·⁵ after a rounded product with log₂e), by a share that the result's bits
 choose: equal operands still give equal bits. What a kernel takes by `div_rn` or `sqrt_rn`, and fp64, stays exact.
+Sums are trees, as of registers, lanes and warps, where NumPy's add up runs of numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
 LOG2E = np.float32(1.4426950408889634)
 
@@ -41,6 +42,20 @@ def _sqrt(x: np.ndarray) -> np.ndarray:
     return off(exact, 2.0**-23)
 
 
+def _sum(self: ReduceOps, given: Any) -> Any:
+    x = given.handle.data
+    x = x.reshape(-1) if self.axis is None else np.moveaxis(x, self.axis, -1)
+    while x.shape[-1] > 1:  # a power of two
+        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+    if not self.keep_dims:
+        x = x[..., 0]
+    elif self.axis is not None:
+        x = np.moveaxis(x, -1, self.axis)
+    else:
+        x = x.reshape((1,) * given.handle.data.ndim)
+    return self.to_tensor(x, given.dtype)
+
+
 def _fp32(approximate: Callable[..., np.ndarray], exact: Callable[..., Any]) -> Callable[..., TensorHandle]:
     """An operation of the interpreter that is approximate in fp32 alone."""
 
@@ -57,6 +72,7 @@ def imitate(patch: pytest.MonkeyPatch) -> None:
     """From now on the interpreter computes as a GPU may."""
     for name, ignoring_nan in (("create_maxnumf", np.fmax), ("create_minnumf", np.fmin)):
         patch.setattr(InterpreterBuilder, name, lambda self, a, b, op=ignoring_nan: self.binary_op(a, b, op))
+    patch.setattr(ReduceOps, "sum", _sum)
     for name, approximate in (
         ("create_fdiv", _divide),
         ("create_sqrt", _sqrt),

@@ -6,6 +6,7 @@ stand beside its speed; a rival whose results no rounding explains, or that cann
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ RELATIVE = ("latents",)  # values whose errors are relative too
 TOLERATED = {torch.float32: (1e-2, 1e-2), torch.bfloat16: (0.5, 0.2)}
 PASSES = 4  # visits to each contestant, in alternating order, so that drift favours none
 SECONDS = {"cpu": 0.5, "cuda": 1.0}  # for the rounds of one visit
+CYCLES = 2e9  # of a GPU in a second
 ROUNDS = {"cpu": (2, 20), "cuda": (3, 20)}  # of one visit, at least and at most
 
 Results = dict[str, Tensor]
@@ -95,7 +97,8 @@ class Entry:
     step: Step | None = None
     reason: str | None = None  # for having no speed
     errors: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0  # of one step, for choosing the number of rounds
+    seconds: float = 0.0  # of one round, for choosing their number
+    host_seconds: float | None = None  # on a GPU, what the host takes to issue a step
     peak_bytes: int | None = None
     flops: int | None = None
     times: list[float] = field(default_factory=list)
@@ -103,6 +106,8 @@ class Entry:
 
 class Contest:
     """`op` is a module with `cases(device, quick)`, `inputs(case)`, `truth(case, inputs)` and `contestants(case)`."""
+
+    alone = True  # on a GPU a step is timed alone, with its launches queued; else as its caller waits for it
 
     def __init__(self, op: ModuleType, case: Case):
         torch.manual_seed(0)
@@ -118,11 +123,13 @@ class Contest:
             entry.errors, wrong = compare(entry.step(), truth, self.bounds(ours))
             if wrong:
                 raise WrongResults(f"{self.case}: {contestant.name}: {wrong}") if ours else Absent(f"wrong: {wrong}")
+            entry.host_seconds = host_seconds(entry.step) if self._on_device else None
             run = self.timed(entry)
             run()
             start = time.perf_counter()
             run()
             entry.seconds = time.perf_counter() - start
+            entry.times.clear()
             entry.peak_bytes, entry.flops = peak_and_flops(entry.step, self.case.device)
         except Exception as error:
             if ours:
@@ -136,8 +143,12 @@ class Contest:
         """Largest error of a value, and of a gradient."""
         return (PROMISED if ours else TOLERATED)[self.case.dtype]
 
+    @property
+    def _on_device(self) -> bool:
+        return self.alone and self.case.device == "cuda"
+
     def timed(self, entry: Entry) -> Callable[[], None]:
-        """One round: the case's number of steps, and the device done with them."""
+        """One round: the case's number of steps, and the device done with them. On a GPU it adds to `entry.times`."""
 
         def run() -> None:
             for _ in range(self.case.calls):
@@ -145,7 +156,10 @@ class Contest:
             if self.case.device == "cuda":
                 torch.cuda.synchronize()
 
-        return run
+        def run_on_device() -> None:
+            entry.times.append(device_seconds(entry.step, self.case.calls, entry.host_seconds or 0.0))
+
+        return run_on_device if self._on_device else run
 
     def time(self, key: str, benchmark: Any) -> str | None:
         """One visit to a contestant; why there is none."""
@@ -154,8 +168,12 @@ class Contest:
             return entry.reason
         fewest, most = (1, 3) if self.case.quick else ROUNDS[self.case.device]
         rounds = max(fewest, min(most, int(SECONDS[self.case.device] / max(entry.seconds, 1e-6))))
+        before = len(entry.times)
         benchmark.pedantic(self.timed(entry), rounds=rounds, warmup_rounds=1)
-        entry.times += benchmark.stats.stats.data
+        if self._on_device:
+            del entry.times[before]  # the round that warmed up
+        else:
+            entry.times += benchmark.stats.stats.data
         return None
 
     def rows(self, environment: Row) -> list[Row]:
@@ -180,6 +198,7 @@ def row_of(case: Case, entry: Entry) -> Row:
         "median_ms": statistics.median(times) if times else None,
         "p20_ms": fifths[0] if times else None,
         "p80_ms": fifths[3] if times else None,
+        "host_ms": entry.host_seconds and 1e3 * entry.host_seconds,
         "rounds": len(times),
         "calls": case.calls,
         "peak_bytes": entry.peak_bytes,
@@ -223,6 +242,43 @@ def explain(error: Exception) -> str:
         return "out of memory"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
+
+
+def host_seconds(step: Step) -> float:
+    """What the host takes to issue a step, its device idle before."""
+    spans = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        spans.append(time.perf_counter() - start)
+    return min(spans)
+
+
+def device_seconds(step: Step, calls: int, ahead: float) -> float:
+    """Seconds of `calls` steps on a GPU, each between events of its own.
+
+    None finds its inputs in the L2 cache, which is written over before. The device is kept busy meanwhile for `ahead`
+    seconds and half as long again, until the host has issued the step: the host's time is no part of it, unless the
+    step waits for the device.
+    """
+    spans = []
+    for _ in range(calls):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _cache().zero_()
+        torch.cuda._sleep(int(1.5 * CYCLES * ahead))
+        start.record()
+        step()
+        end.record()
+        spans.append((start, end))
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in spans) / 1e3
+
+
+@functools.cache
+def _cache() -> Tensor:
+    """Twice the size of the L2 cache."""
+    return torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
 
 
 def peak_and_flops(step: Step, device: str) -> tuple[int, int | None]:

@@ -251,6 +251,8 @@ def to_fp8(model: Any) -> Any:
 class Contest(harness.Contest):
     """Of contestants that do not fit the device's memory together: each is built, judged, timed and dropped in turn."""
 
+    alone = False
+
     def __init__(self, op: ModuleType, case: Case):
         torch.manual_seed(0)
         self.case: Case = case

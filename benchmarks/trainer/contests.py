@@ -79,6 +79,8 @@ def counted(case: Case) -> Case:
 class Contest(harness.Contest):
     """A contest whose full-size cases are rows with a reason where there is no GPU."""
 
+    alone = False
+
     def __init__(self, op: ModuleType, case: Case):
         gc.collect()
         if case.device == "cuda":

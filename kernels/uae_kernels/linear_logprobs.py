@@ -201,7 +201,7 @@ def _finish_kernel(
     moment = shrink * (moment + tl.maximum(shift, LOWEST) * rest) * LN2
     rest *= shrink
     own = tl.exp(x)
-    dead = largest <= UNSEEN  # every logit is −inf
+    dead = (rest == 0) & (z <= UNSEEN)  # every logit is −inf; a maximum would have dropped a NaN
     total = tl.where(dead, 1.0, rest + own)
     log_total = tl.where(x == 0, log1p(rest), tl.log(total))
     logp = tl.where(dead, -float("inf"), x - log_total)
@@ -214,7 +214,7 @@ def _finish_kernel(
     tl.store(lses + place, tl.where(scored, lse, 0.0), mask=known)
     if top is not None:
         tl.store(top + i, peak, mask=i < rows)
-        scale = tl.where(scored & (largest > UNSEEN), scale, 0.0)
+        scale = tl.where(scored & ~dead, scale, 0.0)
         # d log p/dh = scale·[(1 − p_y)·s_y·W_y − Σ_{v≠y} p_v·s_v·W_v]
         tl.store(coefficients + i, scale * slope * rest / total, mask=i < rows)
         tl.store(coefficients + rows + i, -scale * shrink / total, mask=i < rows)

@@ -1,6 +1,7 @@
 """No speed without right results: what the benchmarks' gate lets through."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.kernels.harness import Absent, Case, Contest, Contestant, WrongResults, training_step
+from benchmarks.kernels import harness
+from benchmarks.kernels.harness import Absent, Case, Contest, Contestant, Entry, WrongResults, training_step
 from benchmarks.rows import newest
 
 
@@ -95,3 +97,39 @@ def test_a_run_without_ours_does_not_replace_one_with_it():
     old = [row("uae-kernels", "1", 5.0), row("rival", "1", 4.0, chunk=1), row("rival", "1", 3.0, chunk=2)]
     later = [row("uae-kernels", "2", None), row("rival", "2", 1.0)]
     assert newest(old + later) == [old[0], old[2]]
+
+
+def test_on_a_gpu_each_step_is_timed_alone(monkeypatch):
+    """Between events of its own, its inputs out of the cache, and its launches queued behind a busy device."""
+    done, clock = [], iter(range(0, 1000, 10))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock)
+            done.append("event")
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"busy {cycles}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    monkeypatch.setattr(harness, "_cache", lambda: SimpleNamespace(zero_=lambda: done.append("emptied")))
+    made = contest(ours=right)
+    made.case = replace(made.case, device="cuda", calls=2)
+    entry = Entry(Contestant("ours", right), step=lambda: done.append("step"), host_seconds=1e-3, seconds=0.5)
+    made.entries = {"ours": entry}
+
+    def pedantic(run, rounds, warmup_rounds):
+        for _ in range(rounds + warmup_rounds):
+            run()
+
+    made.time("ours", SimpleNamespace(pedantic=pedantic))
+    one = ["emptied", "busy 3000000", "event", "step", "event"]
+    assert done[:11] == [*one, *one, "wait"]
+    assert entry.times == [0.02] * (len(done) // 11 - 1)  # without the round that warmed up
+    row = harness.row_of(made.case, entry)
+    assert (row["median_ms"], row["host_ms"]) == (10, 1)

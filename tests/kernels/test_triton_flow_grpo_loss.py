@@ -54,7 +54,7 @@ def outputs(function, given, options, weights=None):
     """Loss, per sample, metrics, log-probs, and the gradients of a random function of loss and per sample."""
     given = {k: v.detach().requires_grad_() if k in LEAVES else v for k, v in given.items()}
     out = function(**given, **options)
-    heads, ups = [out.loss], [out.loss.new_tensor(1.7)]
+    heads, ups = [out.loss], [torch.full_like(out.loss, 1.7)]
     if weights is not None:
         heads, ups = [*heads, out.per_token], [*ups, weights.to(out.loss)]
     grads = torch.autograd.grad(heads, [given[k] for k in LEAVES if k in given], ups)

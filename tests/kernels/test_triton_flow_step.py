@@ -225,8 +225,9 @@ def test_offsets_beyond_32_bits(device):
     b, noise = batch(device, 2, (40,), torch.bfloat16), torch.randn(2, 40, device=device)
     expected = outputs(run_triton, b | dict(noise=noise), sigmas(device, 2))
     for name in ("velocity", "velocity_uncond", "sample", "noise"):
-        memory = torch.empty(2**31 + 64, dtype=torch.float32 if name in ("sample", "noise") else torch.bfloat16)
-        far = memory.to(device).as_strided((2, 40), (2**31, 1)).copy_((b | dict(noise=noise))[name])
+        dtype = torch.float32 if name in ("sample", "noise") else torch.bfloat16
+        memory = torch.empty(2**31 + 64, dtype=dtype, device=device)
+        far = memory.as_strided((2, 40), (2**31, 1)).copy_((b | dict(noise=noise))[name])
         assert equal(outputs(run_triton, b | dict(noise=noise) | {name: far}, sigmas(device, 2)), expected)
 
 

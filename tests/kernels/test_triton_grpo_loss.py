@@ -54,7 +54,7 @@ def outputs(function, given, options, weights=None):
     given = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     leaves = [given[k].requires_grad_() for k in ("logprobs", "entropies") if k in given]
     out = function(**given, **options)
-    heads, upstream = ([out.loss], [out.loss.new_tensor(1.7)])
+    heads, upstream = [out.loss], [torch.full_like(out.loss, 1.7)]
     if weights is not None:
         heads, upstream = [*heads, out.per_token], [*upstream, weights.to(out.per_token)]
     grads = torch.autograd.grad(heads, leaves, upstream, materialize_grads=True)

@@ -90,8 +90,10 @@ def test_in_fp8(kind, launched, device):
     given = {name: value.to(device) for name, value in sd3.inputs(2, (4, 6), 3).items()}
     sd3.add_lora(model, ["to_q", "to_out.0", "net.2"])
     accelerate_sd3(model, fp8=calibrate(model, [given], threshold=1.0))
+    model._uae.impl = "torch"
     expected = model(**given).sample
     model._uae.impl = "triton"
+    launched.clear()  # calibrating launches them too, where there is a GPU
     assert relative_error(model(**given).sample, expected) <= 2e-3
     # After attention and GELU: of the image's tokens in each block, and of the text's in all but the last
     assert launched.count("_quantize_kernel") == (2 + 1) * 2 + (kind == "medium")

@@ -617,7 +617,9 @@ def print_scores(whole: dict, by_tokens: dict[int, dict]) -> None:
 def quiet_libraries() -> None:
     """Turns off the libraries' own progress bars and advice; their errors still show."""
     import logging
+    import warnings
 
+    warnings.filterwarnings("ignore", module="PIL")  # of files that it reads all the same
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -39,7 +39,7 @@ Precision: share of the attributes it says that are true. Accuracy: share of the
 finds in the redrawn image. Ceiling: images redrawn from complete captions before training."""
 GALLERY_NOTE = """Held-out images: what the encoder wrote about each and what the decoder drew from those
 words alone. <mark>Marked</mark> words were not in the caption before. Small numbers: the reward’s change."""
-PHASES = ("captions", "conditions", "renders", "rewards", "rest of the rollout", "update")  # in the order of a step
+PHASES = ("captions", "conditions", "renders", "rewards", "rest of the rollout", "update", "data")
 CURVES_NOTE = """Dots are single steps on training images, lines their running mean; zero charts are left out. Bars:
 where the seconds of the median step go."""
 Points = list[tuple[float, float]]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoint import checkpoints, clear_leftovers, load_checkpoint, newest_checkpoint, read_state
 from .config import Config, ConfigError, save_config
-from .data import Example
+from .data import Example, ReadAhead
 from .determinism import set_deterministic
 from .evaluate.heldout import Evaluator
 from .guards import Interrupted, fetch, non_finite, shrink_micro_batch, stop_requests
@@ -145,10 +145,11 @@ def run_stage(stage: Stage, run: Run) -> None:
         found = {"optimizer": optimizer_tensors(optimizer), "mean": mean.tensors()}
         return found if reference is None else {**found, "reference": reference.state_dict()}
 
-    with ProgressLine(f"{stage.name}  {stage.title}", settings.steps, position.stage_step) as progress:
+    images = ReadAhead(run.data, settings.images, config.seed, stage.name, settings.steps, stage.prepare)
+    with images, ProgressLine(f"{stage.name}  {stage.title}", settings.steps, position.stage_step) as progress:
         for step in range(position.stage_step, settings.steps):
             speed.start()
-            examples = run.data.batch(step, settings.images, config.seed, stage.name)
+            examples = images.batch(step)
             warm_up(optimizer, position.taken, config.optimizer.warmup_steps)
             values, bad = take_step(stage, examples, step, optimizer, mean, run)
             position.stage_step, position.step, position.moment = step + 1, position.step + 1, None
@@ -161,7 +162,7 @@ def run_stage(stage: Stage, run: Run) -> None:
             values["lr"] = optimizer.param_groups[0]["lr"]
             values["micro_batch"] = settings.micro_batch
             values["skipped_steps"], values["skipped_images"] = position.skipped, len(run.data.skipped)
-            speed.measure(values)
+            speed.measure(values, images.waited)
             if models.decoder.loops is not None:
                 values["memory/graphs_gb"] = models.decoder.loops.recorder.bytes / 1e9
             run.log.metrics(position.step, stage.name, values)

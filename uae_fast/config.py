@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from .files import write_whole
+
 PRESETS = Path(__file__).parent / "configs"
 TAG = "tag:yaml.org,2002:"
 SCALARS = {TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")}
@@ -448,9 +450,7 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration as YAML, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False, width=math.inf), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, yaml.safe_dump(asdict(config), sort_keys=False, width=math.inf))
 
 
 def _compose(text: str) -> yaml.Node | None:

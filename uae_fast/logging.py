@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from .checkpoint import write_whole
+from .files import write_whole
 
 # What the names of readings begin with that are of the machine's making, not of the run's
 CLOCKED = ("seconds/", "images_per_second", "tokens_per_second", "mfu", "memory/")

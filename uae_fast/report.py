@@ -15,6 +15,9 @@ from typing import Any
 
 from PIL import Image
 
+from .config import unicode_text
+from .files import write_whole
+
 MOMENTS = ("before", "stage0", "stage1", "stage2", "stage3")
 STAGES = {
     "stage0": "Decoder pre-training",
@@ -83,7 +86,7 @@ def write_report(run: Path) -> Path:
 </html>
 """
     report = run / "report.html"
-    report.write_text(page, encoding="utf-8", errors="replace")  # a file's name need not be Unicode
+    write_whole(report, unicode_text(page))  # a file's name need not be Unicode
     return report
 
 

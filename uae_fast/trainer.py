@@ -16,7 +16,7 @@ from .config import Config, ConfigError, save_config
 from .data import Example, ReadAhead
 from .determinism import set_deterministic
 from .evaluate.heldout import Evaluator
-from .guards import Interrupted, fetch, non_finite, shrink_micro_batch, stop_requests
+from .guards import Interrupted, disk_failures, fetch, non_finite, shrink_micro_batch, stop_requests
 from .identity import differences, machine, run_identity
 from .logging import ProgressLine, RunLog, progress_words
 from .models.fp8 import NAME as FP8_NAME
@@ -55,6 +55,13 @@ def train(config: Config, *, resume: bool = False, force: Sequence[str] = ()) ->
         RunFailed: too many steps in a row were not finite, memory or disk does not suffice.
     """
     folder = Path(config.run)
+    with disk_failures(folder):
+        run_all(config, folder, resume, force)
+    return folder
+
+
+def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str]) -> None:
+    """What `train` does, where an error of the disk is still one."""
     clear_leftovers(folder / "checkpoints")
     start = newest_checkpoint(folder / "checkpoints") if resume else None
     if resume and start is None:
@@ -98,7 +105,6 @@ def train(config: Config, *, resume: bool = False, force: Sequence[str] = ()) ->
             log.close()
     evaluator.summary(minutes=(time.monotonic() - began) / 60)
     write_report(folder)
-    return folder
 
 
 def run_stages(run: Run, kinds: Sequence[Any], evaluator: Evaluator) -> None:

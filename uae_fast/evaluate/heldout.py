@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint import write_whole
 from ..config import Config, cheaper
 from ..data import Example, ImageFolder
+from ..files import write_whole, writing
 from ..logging import ProgressLine
 from ..models import Models
 from ..models.sources import models_folder
@@ -102,8 +102,9 @@ class Evaluator:
                     row = score(example, caption, tokens, said, accuracies[i])
                     if len(rows) < config.evaluate.gallery:
                         row["picture"] = self.pictures[example.file]
-                        to_image(images[i]).save(folder / row["picture"])
-                        example.image.save(sources / row["picture"])
+                        for place, picture in ((folder, to_image(images[i])), (sources, example.image)):
+                            with writing(place / row["picture"]):
+                                picture.save(place / row["picture"])
                     rows.append(row)
                 progress.advance(len(examples), f"reward {_mean(rows, 'reward'):.3f}")
         write_whole(folder / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -17,6 +17,7 @@ from .files import write_whole
 PRESETS = Path(__file__).parent / "configs"
 TAG = "tag:yaml.org,2002:"
 SCALARS = {TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")}
+REPORTERS = {"tensorboard": "train", "wandb": "wandb", "trackio": "trackio"}  # package, and its extra of uae-fast
 FOLDERS = ("run", "data.train", "data.heldout")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
 
@@ -323,7 +324,7 @@ class Config:
     """Whether PyTorch may only use algorithms that repeat bit for bit (`torch.use_deterministic_algorithms`); an
     operation that has none then raises."""
     reporters: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Besides metrics.jsonl: "tensorboard" or nothing."""
+    """Besides metrics.jsonl: "tensorboard", "wandb", "trackio", or nothing."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
@@ -595,7 +596,9 @@ def invariants(config: Config) -> list[tuple[str, str]]:
         need(stage in (0, 1, 2, 3), "stages", f"there is no stage {stage}; choose from 0, 1, 2, 3")
         need(c.stages.count(stage) == 1, "stages", f"stage {stage} is listed twice")
     for reporter in c.reporters:
-        need(reporter == "tensorboard", "reporters", f"no reporter {_short(reporter)!r}; choose from tensorboard")
+        need(
+            reporter in REPORTERS, "reporters", f"no reporter {_short(reporter)!r}; choose from {', '.join(REPORTERS)}"
+        )
     betas_fit = len(c.optimizer.betas) == 2 and all(0 <= beta < 1 for beta in c.optimizer.betas)
     need(betas_fit, "optimizer.betas", "two numbers of at least 0 and below 1 are needed")
     need(c.optimizer.eps > 0, "optimizer.eps", "must be above 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .optim import RunningMean, build_optimizer, optimizer_tensors, restore_opti
 from .parquet import open_images
 from .phases import Stopwatch
 from .report import write_report
+from .reporters import check_reporters
 from .run import Position, Run
 from .speed import Speed
 from .stages import Metrics, Stage
@@ -69,6 +71,7 @@ def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str]) ->
     if not resume and (checkpoints(folder / "checkpoints") or (folder / "metrics.jsonl").exists()):
         raise ConfigError([f"run: {folder} has a run already; go on with --resume, or name another folder (run=…)"])
     find_sources(config)
+    check_reporters(config.reporters)
     print(set_deterministic(config.deterministic), flush=True)
     kinds = [STAGES[number] for number in config.stages]
     captions = any(kind.needs_captions for kind in kinds)
@@ -94,7 +97,7 @@ def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str]) ->
     if start is not None:
         load_checkpoint(start, models)
     evaluator = Evaluator(config, models, heldout, folder)
-    log = RunLog(folder, config.reporters, position.step)
+    log = RunLog(folder, config.reporters, position.step, asdict(config))
     began = time.monotonic() - position.seconds
     with stop_requests(models) as stop:
         run = Run(config, models, data, folder, identity, start, position, log, stop, began)
@@ -110,21 +113,26 @@ def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str]) ->
 def run_stages(run: Run, kinds: Sequence[Any], evaluator: Evaluator) -> None:
     """The stages from where the run stands on, and the measurements between them; each is made once."""
     position = run.position
+
+    def measure(moment: str) -> None:
+        with run.stop.heeded():
+            evaluator.measure(moment)
+        run.log.heldout(position.step, *evaluator.shown(moment))
+
     for kind in kinds[position.place :]:
         if kind not in kinds[: position.place]:
             evaluator.forget(kind.name)
     try:
-        with run.stop.heeded():
-            if position.step == 0:
+        if position.step == 0:
+            with run.stop.heeded():
                 evaluator.ceiling()
-                evaluator.measure("before")
-            if position.moment:
-                evaluator.measure(position.moment)
+            measure("before")
+        if position.moment:
+            measure(position.moment)
         while position.place < len(kinds):
             stage = kinds[position.place](run.config, run.models)
             run_stage(stage, run)
-            with run.stop.heeded():
-                evaluator.measure(stage.name)
+            measure(stage.name)
     except Interrupted:
         run.save(must=True)
         raise

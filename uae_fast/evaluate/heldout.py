@@ -80,6 +80,15 @@ class Evaluator:
         path = self.folder / "samples" / moment / "scores.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
+    def shown(self, moment: str) -> tuple[dict[str, float], dict[str, tuple[Path, str]]]:
+        """What reporters show of a moment: its numbers, and its drawings with what was written of each image."""
+        rows, folder = self.scores(moment), self.folder / "samples" / moment
+        values = moment_summary(rows, []) if rows else {}
+        pictures = {
+            Path(row["picture"]).stem: (folder / row["picture"], row["caption"]) for row in rows if "picture" in row
+        }
+        return {name: value for name, value in values.items() if value is not None}, pictures
+
     @torch.no_grad()
     def _run(self, moment: str, write) -> None:
         if self.count == 0 or self.scores(moment):

@@ -41,7 +41,7 @@ import os, sys
 before = dict(os.environ)
 import {package}
 assert dict(os.environ) == before
-heavy = "transformers diffusers peft accelerate bitsandbytes trl liger_kernel tensorboard".split()
+heavy = "transformers diffusers peft accelerate bitsandbytes trl liger_kernel tensorboard wandb trackio".split()
 print([name for name in heavy if name in sys.modules])
 """
         assert python(code) == "[]"

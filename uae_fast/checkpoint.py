@@ -11,6 +11,7 @@ removed, and ``step-000123.damaged`` was found to differ from its manifest.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import CheckpointConfig
+from .files import sync
 from .models import Models
 from .models.decoder import Decoder
 from .models.encoder import Encoder
@@ -74,7 +76,7 @@ def save_checkpoint(folder: Path, models: Models, state: dict, tensors: dict[str
         if final.exists():
             os.rename(final, replaced)
         os.rename(temporary, final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not final.exists():
@@ -89,7 +91,7 @@ def _seal(folder: Path) -> None:
     entries = {name: {"size": path.stat().st_size, "sha256": _sha256(path)} for name, path in _files(folder).items()}
     (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": entries}, indent=1))
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -247,12 +249,26 @@ def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that is there in full or, if the process is killed, as it was before."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
+def last_words(run: Path) -> str:
+    """Which checkpoint a run that cannot go on has to go back to."""
+    saved = checkpoints(run / "checkpoints")
+    return f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
+
+
+def remedy(error: OSError, run: Path) -> str:
+    """What helps where the disk has refused to take a run's file."""
+    saved = checkpoints(run / "checkpoints")
+    again = "go on with --resume" if saved else "start again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        size = sum(path.stat().st_size for path in _files(saved[-1]).values()) if saved else 0
+        disk = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+        takes = f", a checkpoint takes {size / 1e6:.1f}" * bool(saved)
+        return (
+            f"free space on the disk of {run} ({shutil.disk_usage(disk).free / 1e6:.1f} MB are left{takes}) and {again}"
+        )
+    if error.errno == errno.EFBIG:
+        return f"allow larger files (ulimit -f) and {again}"
+    return f"see that {run} can be written to and {again}"
 
 
 def _hidden(path: Path, suffix: str) -> Path:
@@ -269,11 +285,3 @@ def _files(folder: Path) -> dict[str, Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

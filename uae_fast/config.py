@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from .config_checks import invariants
+from .files import write_whole
 from .text import short
 
 PRESETS = Path(__file__).parent / "configs"
@@ -318,7 +319,7 @@ class Config:
     """Whether PyTorch may only use algorithms that repeat bit for bit (`torch.use_deterministic_algorithms`); an
     operation that has none then raises."""
     reporters: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Besides metrics.jsonl: "tensorboard" or nothing."""
+    """Besides metrics.jsonl: "tensorboard", "wandb", "trackio", or nothing."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
@@ -429,9 +430,7 @@ def save_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration as YAML, whole or not at all."""
     import yaml
 
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False, width=math.inf), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, yaml.safe_dump(asdict(config), sort_keys=False, width=math.inf))
 
 
 def _unknown(key: str, known: dict[str, Any]) -> str:

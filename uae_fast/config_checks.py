@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .config import Config
 
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
+REPORTERS = {"tensorboard": "train", "wandb": "wandb", "trackio": "trackio"}  # package, and its extra of uae-fast
 FOLDERS = ("run", "data.train", "data.heldout")
 AT_LEAST = {
     1: (
@@ -81,8 +82,8 @@ def _run(c: Config) -> Faults:
         if c.stages.count(stage) > 1:
             yield "stages", f"stage {stage} is listed twice"
     for reporter in c.reporters:
-        if reporter != "tensorboard":
-            yield "reporters", f"no reporter {short(reporter)!r}; choose from tensorboard"
+        if reporter not in REPORTERS:
+            yield "reporters", f"no reporter {short(reporter)!r}; choose from {', '.join(REPORTERS)}"
 
 
 def _optimizer(c: Config) -> Faults:

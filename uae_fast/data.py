@@ -1,14 +1,16 @@
-"""Folders of images, with captions where there are any."""
+"""Folders of images, with captions where there are any; and reading one step ahead."""
 
 from __future__ import annotations
 
 import json
+import time
 import unicodedata
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Whatever a file is called, it is read as one of these: Pillow would run Ghostscript on PostScript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_ASPECT = 200  # what Qwen2-VL's image processor takes
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a bomb; it refuses twice as many
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Example:
         image: RGB.
         caption: from `captions.jsonl`, where that has one.
         attributes: the words a complete caption says, where `captions.jsonl` lists them.
+        prepared: what a stage makes of the image before its rollout, where that was done ahead.
     """
 
     id: int
@@ -43,6 +47,7 @@ class Example:
     image: Image.Image
     caption: str | None = None
     attributes: tuple[str, ...] | None = None
+    prepared: Any = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,166 @@ class Row:
 NOTHING = Row()
 
 
-class ImageFolder:
+@dataclass(frozen=True)
+class Batch:
+    """A step's images as they were read.
+
+    Attributes:
+        examples: the images; fewer than asked for where too many were lost.
+        lost: what could not be read on the way and is not among the skipped yet, each with the reason.
+    """
+
+    examples: list[Example]
+    lost: dict[str, str]
+
+
+class Images(ABC):
+    """Images with an order for every epoch. Those that cannot be read are left out, by name.
+
+    Attributes:
+        key: the configuration key that names them, for messages.
+        folder: where they are.
+        max_bad: share of the images that may be left out.
+        skipped: what was left out so far, each with the reason.
+    """
+
+    key: str
+    folder: Path
+    max_bad: float
+    skipped: dict[str, str]
+
+    def __init__(self) -> None:
+        self._known: tuple[tuple, Sequence[int]] = ((), [])  # the order used last
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many images there are, with those left out."""
+
+    @abstractmethod
+    def _name(self, i: int) -> str:
+        """What the i-th image is called among the skipped."""
+
+    @abstractmethod
+    def _load(self, i: int) -> Example:
+        """The i-th image; raises whatever a decoder raises on a broken one."""
+
+    @abstractmethod
+    def _shuffled(self, rng: torch.Generator) -> Sequence[int]:
+        """All images in a new order."""
+
+    def order(self, seed: int, stage: str, epoch: int) -> Sequence[int]:
+        """The images of an epoch."""
+        name = (seed, stage, epoch)
+        if self._known[0] != name:
+            self._known = (name, self._shuffled(generator(seed, "order", stage, epoch)))
+        return self._known[1]
+
+    def batch(self, step: int, size: int, seed: int, stage: str) -> list[Example]:
+        """The images of a step: epoch after epoch, each in an order of its own.
+
+        In the place of an image that cannot be read comes the next one of the epoch that can; so a batch depends on
+        which images are bad, not on when that was found.
+
+        Raises:
+            ConfigError: too many cannot be read by now.
+        """
+        return self.admit(self.read(step, size, seed, stage))
+
+    def read(self, step: int, size: int, seed: int, stage: str) -> Batch:
+        """The same before anybody is told what was lost: nothing is printed, counted or raised.
+
+        A thread may call it, if nobody calls it or `admit` meanwhile.
+        """
+        examples: list[Example] = []
+        lost: dict[str, str] = {}
+        for position in range(step * size, (step + 1) * size):
+            epoch, place = divmod(position, self.count)
+            order = self.order(seed, stage, epoch)
+            for i in (order[(place + shift) % self.count] for shift in range(self.count)):
+                name = self._name(i)
+                if name in self.skipped or name in lost:
+                    continue
+                try:
+                    examples.append(self._load(i))
+                    break
+                except Exception as error:  # whatever a decoder raises on a broken image
+                    lost[name] = reason(error)
+                    if too_many(len(self.skipped | lost), self.count, self.max_bad):
+                        return Batch(examples, lost)
+        return Batch(examples, lost)
+
+    def admit(self, batch: Batch) -> list[Example]:
+        """The images of a batch; what was lost with it is printed and counted from now on.
+
+        Raises:
+            ConfigError: too many cannot be read by now.
+        """
+        for name, why in batch.lost.items():
+            self.skipped[name] = why
+            print(self._skip_note(name), flush=True)
+            check_share(self.key, self.folder, self.skipped, self.count, self.max_bad)
+        return batch.examples
+
+    @abstractmethod
+    def _skip_note(self, name: str) -> str:
+        """Says what was left out, and why."""
+
+
+class ReadAhead:
+    """The images of a stage's steps; a thread reads and prepares those of the next step while this one computes.
+
+    What is read depends on the step alone, and what it brings with it (a skipped image, an error) comes out where its
+    step asks for it. Use as a context manager: the thread ends with it.
+
+    Args:
+        images: of the run; nobody else reads them meanwhile.
+        size: of a step.
+        seed: the run's.
+        stage: its name.
+        steps: how many the stage has.
+        prepare: what the stage makes of an image on the host (`Stage.prepare`).
+
+    Attributes:
+        waited: seconds that the last `batch` took, which is what reading had not done by then.
+    """
+
+    def __init__(
+        self, images: Images, size: int, seed: int, stage: str, steps: int, prepare: Callable[[Image.Image], Any]
+    ):
+        self.images, self.size, self.seed, self.stage, self.steps = images, size, seed, stage, steps
+        self.prepare = prepare
+        self.waited = 0.0
+        self._thread = ThreadPoolExecutor(1, "images")
+        self._coming: dict[int, Future[Batch]] = {}  # by step: the next one's
+
+    def __enter__(self) -> ReadAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def batch(self, step: int) -> list[Example]:
+        """The images of a step, as `Images.batch` gives them, prepared; then the thread turns to the next.
+
+        Raises:
+            ConfigError: too many cannot be read by now.
+        """
+        began = time.monotonic()
+        coming = self._coming.pop(step, None) or self._thread.submit(self._read, step)
+        examples = self.images.admit(coming.result())
+        if step + 1 < self.steps:
+            self._coming[step + 1] = self._thread.submit(self._read, step + 1)
+        self.waited = time.monotonic() - began
+        return examples
+
+    def _read(self, step: int) -> Batch:
+        batch = self.images.read(step, self.size, self.seed, self.stage)
+        examples = [replace(example, prepared=self.prepare(example.image)) for example in batch.examples]
+        return replace(batch, examples=examples)
+
+
+class ImageFolder(Images):
     """The images of a folder, every one decoded once at the start; those that cannot be are left out, by name.
 
     Args:
@@ -76,6 +240,7 @@ class ImageFolder:
     """
 
     def __init__(self, folder: str | Path, key: str, *, captions: bool = False, max_bad: float = 0.01):
+        super().__init__()
         self.folder, self.key, self.max_bad = Path(folder), key, max_bad
         if not self.folder.is_dir():
             raise ConfigError([f"{key}: {folder} is not a folder"])
@@ -101,7 +266,7 @@ class ImageFolder:
         try:
             return load_image(self.folder / file)
         except Exception as error:  # whatever a decoder raises on a broken file
-            self.skipped[file] = printable(str(error) or type(error).__name__)
+            self.skipped[file] = reason(error)
             return None
 
     def _read_captions(self) -> dict[str, Row]:
@@ -162,40 +327,32 @@ class ImageFolder:
             raise ConfigError([f"{self.key}: {path} could be read when the run began and cannot be now: {reason}"])
         return self._example(i, image)
 
+    @property
+    def count(self) -> int:
+        return len(self.files)
+
+    def _name(self, i: int) -> str:
+        return self.files[i]
+
+    def _load(self, i: int) -> Example:
+        return self._example(i, load_image(self.folder / self.files[i]))
+
     def _example(self, i: int, image: Image.Image) -> Example:
         row = self.rows.get(self.files[i], NOTHING)
         return Example(i, self.files[i], image, row.caption, row.attributes)
 
-    def batch(self, step: int, size: int, seed: int, stage: str) -> list[Example]:
-        """The images of a step: epoch after epoch, each in an order of its own.
+    def _shuffled(self, rng: torch.Generator) -> Sequence[int]:
+        return torch.randperm(len(self.files), generator=rng).tolist()
 
-        In the place of an image that cannot be read comes the next one of the epoch that can; so a batch depends on
-        which files are bad, not on when that was found.
 
-        Raises:
-            ConfigError: too many cannot be read by now.
-        """
-        examples, orders = [], {}
-        for position in range(step * size, (step + 1) * size):
-            epoch, place = divmod(position, len(self.files))
-            if epoch not in orders:
-                orders[epoch] = self._order(seed, stage, epoch)
-            examples.append(self._next_readable(orders[epoch], place))
-        return examples
+def reason(error: Exception) -> str:
+    """Why an image cannot be read, for a person."""
+    return printable(str(error) or type(error).__name__)
 
-    def _next_readable(self, order: Sequence[int], place: int) -> Example:
-        for i in (*order[place:], *order[:place]):
-            if self.files[i] in self.skipped:
-                continue
-            image = self._read(self.files[i])
-            if image is not None:
-                return self._example(i, image)
-            print(self._skip_note(self.files[i]), flush=True)
-            check_share(self.key, self.folder, self.skipped, len(self.files), self.max_bad)
-        raise AssertionError("check_share raises where no image is left")
 
-    def _order(self, seed: int, stage: str, epoch: int) -> Sequence[int]:
-        return torch.randperm(len(self.files), generator=generator(seed, "order", stage, epoch)).tolist()
+def too_many(bad: int, count: int, max_bad: float) -> bool:
+    """Whether so many unreadable ones of `count` images are more than a run goes on with."""
+    return bad > max_bad * count or bad == count
 
 
 def check_share(key: str, folder: Path, skipped: dict[str, str], count: int, max_bad: float) -> None:
@@ -205,7 +362,7 @@ def check_share(key: str, folder: Path, skipped: dict[str, str], count: int, max
         ConfigError: with every one of those, and the reason.
     """
     bad = len(skipped)
-    if bad > max_bad * count or bad == count:
+    if too_many(bad, count, max_bad):
         raise ConfigError(
             [
                 f"{key}: {bad} of the {count} images in {folder} cannot be read, "
@@ -247,22 +404,22 @@ def load_image(path: Path | BinaryIO) -> Image.Image:
     """An image as RGB, upright, its first frame if it moves; transparency lies on white.
 
     Of 16-bit pixels the high byte is taken. Colour profiles are not applied: CMYK is converted by the plain formula.
+    Pillow's warnings are left as they are: to silence them here would not be safe in a thread.
 
     Raises:
         Exception: whatever the decoder raises on a broken file; ValueError for what has no defined picture.
     """
     if isinstance(path, Path) and not path.is_file():  # a folder, or a pipe that would never end
         raise ValueError("not a file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            file = Image.open(path, formats=FORMATS)
-        except UnidentifiedImageError:
-            raise ValueError(f"no image of the formats {', '.join(FORMATS)}") from None
-        with file:
-            packed = str([tile.args for tile in file.tile])
-            image = ImageOps.exif_transpose(file)
+    try:
+        file = Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"no image of the formats {', '.join(FORMATS)}") from None
+    with file:
+        if file.width * file.height > MAX_PIXELS:
+            raise ValueError(f"{file.width} × {file.height} pixels, perhaps a decompression bomb")
+        packed = str([tile.args for tile in file.tile])
+        image = ImageOps.exif_transpose(file)
     if "I;12" in packed or ("RGB;16" in packed and "transparency" in image.info):
         raise ValueError("12-bit grey, or 16-bit colours with a transparent one, which Pillow reads wrongly")
     if max(image.size) > MAX_ASPECT * min(image.size):

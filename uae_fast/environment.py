@@ -36,7 +36,9 @@ def describe_environment() -> Iterator[str]:
 def quiet_libraries() -> None:
     """Turns off the libraries' own progress bars and advice; their errors still show."""
     import logging
+    import warnings
 
+    warnings.filterwarnings("ignore", module="PIL")  # of files that it reads all the same
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -1,4 +1,4 @@
-"""Guards of the loop: requests to stop, numbers that are not finite, memory that runs out."""
+"""Guards of the loop: requests to stop, numbers that are not finite, memory that runs out, a disk that refuses."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .checkpoint import last_words, remedy
 from .models import Models
 from .stages import Metrics, Stage
 
@@ -151,3 +153,19 @@ def shrink_micro_batch(stage: Stage) -> int:
         torch.cuda.empty_cache()
     print(f"out of memory: {stage.name}.micro_batch goes from {size} to {settings.micro_batch}", flush=True)
     return settings.micro_batch
+
+
+# ---- a disk that refuses --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def disk_failures(run: Path) -> Iterator[None]:
+    """Within, an OSError about a file of the run's folder ends the run: `RunFailed` names the file and what helps."""
+    try:
+        yield
+    except OSError as error:
+        file, folder = Path(os.path.abspath(str(error.filename))), Path(os.path.abspath(run))
+        if error.filename is None or not (file.is_relative_to(folder) or folder.is_relative_to(file)):
+            raise
+        words = f"{error.strerror}; {remedy(error, run)}; {last_words(run)}"
+        raise RunFailed(f"{error.filename} cannot be written: {words}") from error

@@ -1,4 +1,4 @@
-"""What a run says while it works: metrics.jsonl, TensorBoard, and progress on the console."""
+"""What a run says while it works: metrics.jsonl, reporters, and progress on the console."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from .checkpoint import write_whole
+from .files import write_whole
+from .reporters import Reporter, open_reporter
+from .text import printable
 
 # What the names of readings begin with that are of the machine's making, not of the run's
 CLOCKED = ("seconds/", "images_per_second", "tokens_per_second", "mfu", "memory/")
@@ -33,21 +36,21 @@ class RunLog:
 
     Args:
         folder: the run's.
-        reporters: besides metrics.jsonl: "tensorboard".
+        reporters: besides metrics.jsonl: "tensorboard", "wandb", "trackio". One that fails is off from then on.
         step: steps done before; later rows of an interrupted run are dropped, and so is a row cut short.
+        config: the run's, for reporters that show it.
     """
 
-    def __init__(self, folder: Path, reporters: Sequence[str], step: int = 0):
+    def __init__(self, folder: Path, reporters: Sequence[str], step: int = 0, config: dict[str, Any] | None = None):
         self.path = folder / "metrics.jsonl"
         self.waiting = ""  # rows that a full disk has not taken yet
         if self.path.exists():
             kept = takewhile(lambda row: _step_of(row) <= step, self.path.read_text().splitlines())
             write_whole(self.path, "".join(f"{row}\n" for row in kept))
-        self.writer = None
-        if "tensorboard" in reporters:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        self.reporters: dict[str, Reporter] = {}
+        for name in dict.fromkeys(reporters):
+            with self._reporting(name):
+                self.reporters[name] = open_reporter(name, folder, step, config or {})
 
     def metrics(self, step: int, stage: str, values: dict[str, float]) -> None:
         """One step's row; `step` counts over the whole run, from 1. NaN and infinities are written as null."""
@@ -57,9 +60,28 @@ class RunLog:
             self._write()
         except OSError as error:
             print(f"{self.path} not written: {error}; its rows wait for the next step", flush=True)
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(f"{stage}/{name}", value, step)
+        self._report(lambda reporter: reporter.scalars(step, {f"{stage}/{n}": value for n, value in values.items()}))
+
+    def heldout(self, step: int, values: dict[str, float], pictures: dict[str, tuple[Path, str]]) -> None:
+        """Shows the reporters a measurement of held-out images, and some of their drawings with captions."""
+        if not values:
+            return
+        self._report(lambda reporter: reporter.scalars(step, {f"heldout/{n}": value for n, value in values.items()}))
+        self._report(lambda reporter: reporter.pictures(step, {f"samples/{n}": found for n, found in pictures.items()}))
+
+    def _report(self, tell: Callable[[Reporter], None]) -> None:
+        for name, reporter in list(self.reporters.items()):
+            with self._reporting(name):
+                tell(reporter)
+
+    @contextmanager
+    def _reporting(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of somebody else's code, disk or network
+            self.reporters.pop(name, None)
+            words = printable(str(error).strip().partition("\n")[0] or type(error).__name__)
+            print(f"{name} is off from here on: {words}; {self.path} has everything", flush=True)
 
     def sync(self) -> None:
         """Forces all rows to the disk; raises OSError where it takes no more. Without a row there is no file."""
@@ -80,8 +102,7 @@ class RunLog:
         self.waiting = ""
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        self._report(lambda reporter: reporter.close())
 
 
 class ProgressLine:

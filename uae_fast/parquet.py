@@ -7,6 +7,7 @@ import io
 import re
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ from typing import Any
 import torch
 
 from .config import ConfigError, DataConfig
-from .data import Example, ImageFolder, check_share, load_image
-from .seeds import generator
-from .text import printable, unicode_text
+from .data import Example, ImageFolder, Images, load_image, reason
+from .text import unicode_text
 
 HUB_FILES = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)@(?P<revision>[0-9a-f]{40})(/(?P<pattern>.+\.parquet))?")
 MIXED_GROUPS = 8  # row groups whose rows are shuffled among each other, and that are kept in memory
@@ -58,7 +58,7 @@ def open_images(place: str, key: str, config: DataConfig, *, captions: bool = Fa
     return ParquetImages(files, key, *columns, captions=captions, max_bad=config.max_bad)
 
 
-class ParquetImages:
+class ParquetImages(Images):
     """Images in the rows of parquet files, read a row group at a time: a data set may be larger than memory.
 
     The order depends on seed, stage and epoch alone: row groups are shuffled, and the rows of every few groups among
@@ -94,6 +94,7 @@ class ParquetImages:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        super().__init__()
         self.key, self.max_bad = key, max_bad
         self.folder, self.image_column, self.caption_column = files[0].parent, image_column, caption_column
         self.groups: list[tuple[Path, int, int]] = []  # file, its row group, that one's first row in the file
@@ -132,7 +133,6 @@ class ParquetImages:
             raise ConfigError(problems)
         self.skipped: dict[str, str] = {}
         self.tables: OrderedDict[int, Any] = OrderedDict()
-        self.known: tuple[tuple, list[int]] = ((), [])
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -156,10 +156,16 @@ class ParquetImages:
             ConfigError: it cannot be decoded.
         """
         try:
-            return self._read(row)
+            return self._load(row)
         except Exception as error:  # whatever a decoder raises on a broken image
-            reason = printable(str(error) or type(error).__name__)
-            raise ConfigError([f"{self.key}: {self.folder}: row {row} cannot be read: {reason}"]) from None
+            raise ConfigError([f"{self.key}: {self.folder}: row {row} cannot be read: {reason(error)}"]) from None
+
+    @property
+    def count(self) -> int:
+        return len(self)
+
+    def _name(self, row: int) -> str:
+        return f"row {row}"
 
     def _place(self, row: int) -> tuple[int, int, str]:
         """A row's group, its place in that, and its image's name."""
@@ -168,7 +174,7 @@ class ParquetImages:
         place = row - (self.ends[group - 1] if group else 0)
         return group, place, f"{file.stem}-{first + place:06d}"
 
-    def _read(self, row: int) -> Example:
+    def _load(self, row: int) -> Example:
         group, place, name = self._place(row)
         cells = self._table(group).slice(place, 1).to_pylist()[0]
         cell = cells[self.image_column]
@@ -179,46 +185,17 @@ class ParquetImages:
         caption = cells.get(self.caption_column)
         return Example(row, name, load_image(encoded), unicode_text(caption) if isinstance(caption, str) else None)
 
-    def batch(self, step: int, size: int, seed: int, stage: str) -> list[Example]:
-        """The images of a step: epoch after epoch, each in an order of its own.
-
-        Raises:
-            ConfigError: too many cannot be decoded by now.
-        """
-        examples: list[Example] = []
-        for position in range(step * size, (step + 1) * size):
-            epoch, place = divmod(position, len(self))
-            order = self.order(seed, stage, epoch)
-            for row in (order[(place + shift) % len(order)] for shift in range(len(order))):
-                try:
-                    examples.append(self._read(row))
-                    break
-                except Exception as error:  # whatever a decoder raises on a broken image
-                    self._skip(row, error)
-        return examples
-
-    def _skip(self, row: int, error: Exception) -> None:
-        name = f"row {row}"
-        if name not in self.skipped:
-            self.skipped[name] = printable(str(error) or type(error).__name__)
-            print(self._skip_note(name), flush=True)
-        check_share(self.key, self.folder, self.skipped, len(self), self.max_bad)
-
-    def order(self, seed: int, stage: str, epoch: int) -> list[int]:
-        """The rows of an epoch."""
-        name = (seed, stage, epoch)
-        if self.known[0] != name:
-            rng, rows = generator(seed, "order", stage, epoch), []
-            groups = torch.randperm(len(self.groups), generator=rng).tolist()
-            for start in range(0, len(groups), MIXED_GROUPS):
-                mixed = [
-                    row
-                    for group in groups[start : start + MIXED_GROUPS]
-                    for row in range(self.ends[group - 1] if group else 0, self.ends[group])
-                ]
-                rows += [mixed[i] for i in torch.randperm(len(mixed), generator=rng).tolist()]
-            self.known = (name, rows)
-        return self.known[1]
+    def _shuffled(self, rng: torch.Generator) -> Sequence[int]:
+        rows: list[int] = []
+        groups = torch.randperm(len(self.groups), generator=rng).tolist()
+        for start in range(0, len(groups), MIXED_GROUPS):
+            mixed = [
+                row
+                for group in groups[start : start + MIXED_GROUPS]
+                for row in range(self.ends[group - 1] if group else 0, self.ends[group])
+            ]
+            rows += [mixed[i] for i in torch.randperm(len(mixed), generator=rng).tolist()]
+        return rows
 
     def _table(self, group: int) -> Any:
         """A row group's rows; the last few groups stay in memory."""

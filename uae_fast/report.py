@@ -16,6 +16,8 @@ from typing import Any
 from PIL import Image
 
 from .config import MOMENTS
+from .files import write_whole
+from .text import unicode_text
 
 STAGES = {
     "stage0": "Decoder pre-training",
@@ -40,7 +42,7 @@ Precision: share of the attributes it says that are true. Accuracy: share of the
 finds in the redrawn image. Ceiling: images redrawn from complete captions before training."""
 GALLERY_NOTE = """Held-out images: what the encoder wrote about each and what the decoder drew from those
 words alone. <mark>Marked</mark> words were not in the caption before. Small numbers: the reward’s change."""
-PHASES = ("captions", "conditions", "renders", "rewards", "rest of the rollout", "update")  # in the order of a step
+PHASES = ("captions", "conditions", "renders", "rewards", "rest of the rollout", "update", "data")
 CURVES_NOTE = """Dots are single steps on training images, lines their running mean; zero charts are left out. Bars:
 where the seconds of the median step go."""
 Points = list[tuple[float, float]]
@@ -84,7 +86,7 @@ def write_report(run: Path) -> Path:
 </html>
 """
     report = run / "report.html"
-    report.write_text(page, encoding="utf-8", errors="replace")  # a file's name need not be Unicode
+    write_whole(report, unicode_text(page))  # a file's name need not be Unicode
     return report
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import checkpoints, prune_checkpoints, save_checkpoint, write_whole
+from .checkpoint import last_words, prune_checkpoints, remedy, save_checkpoint
 from .config import Config
 from .data import Example, ImageFolder
+from .files import write_whole
 from .guards import RunFailed, StopRequest, first_non_finite
 from .identity import machine
 from .logging import RunLog
@@ -111,7 +112,8 @@ class Run:
             prune_checkpoints(folder, self.config.checkpoint)
         except OSError as error:
             if must:
-                raise RunFailed(f"step {position.step} cannot be saved: {error}; {self.last_words()}") from error
+                words = f"{error}; {remedy(error, self.folder)}; {self.last_words()}"
+                raise RunFailed(f"step {position.step} cannot be saved: {words}") from error
             print(f"step {position.step} not saved: {error}; training goes on, {self.last_words()}", flush=True)
             return
         self.saved = (position.step, position.place)
@@ -145,5 +147,4 @@ class Run:
 
     def last_words(self) -> str:
         """Which checkpoint there is to go back to."""
-        saved = checkpoints(self.folder / "checkpoints")
-        return f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
+        return last_words(self.folder)

@@ -162,11 +162,11 @@ class Speed:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def measure(self, values: dict[str, float]) -> None:
-        """The step is done: adds to its metrics."""
+    def measure(self, values: dict[str, float], waited: float = 0.0) -> None:
+        """The step is done: adds to its metrics. It has `waited` so many seconds for its images."""
         settings = self.stage.settings
         seconds, images = time.monotonic() - self.began, settings.images * getattr(settings, "group_size", 1)
-        values["seconds/update"] = seconds - values["seconds/rollout"]
+        values["seconds/data"], values["seconds/update"] = waited, seconds - values["seconds/rollout"] - waited
         values["images_per_second"] = images / seconds
         if self.stage.trains == ("encoder",):
             values["tokens_per_second"] = images * values["completions/mean_length"] / seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from .checkpoint import checkpoints, clear_leftovers, load_checkpoint, newest_checkpoint, read_state
 from .config import Config, ConfigError, save_config
-from .data import Example
+from .data import Example, ReadAhead
 from .determinism import set_deterministic
 from .evaluate.heldout import Evaluator
-from .guards import Interrupted, fetch, non_finite, shrink_micro_batch, stop_requests
+from .guards import Interrupted, disk_failures, fetch, non_finite, shrink_micro_batch, stop_requests
 from .identity import differences, machine, run_identity
 from .logging import ProgressLine, RunLog, progress_words
 from .models.fp8 import NAME as FP8_NAME
@@ -26,6 +27,7 @@ from .optim import RunningMean, build_optimizer, optimizer_tensors, restore_opti
 from .parquet import open_images
 from .phases import Stopwatch
 from .report import write_report
+from .reporters import check_reporters
 from .run import Position, Run
 from .speed import Speed
 from .stages import Metrics, Stage
@@ -55,6 +57,13 @@ def train(config: Config, *, resume: bool = False, force: Sequence[str] = ()) ->
         RunFailed: too many steps in a row were not finite, memory or disk does not suffice.
     """
     folder = Path(config.run)
+    with disk_failures(folder):
+        run_all(config, folder, resume, force)
+    return folder
+
+
+def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str]) -> None:
+    """What `train` does, where an error of the disk is still one."""
     clear_leftovers(folder / "checkpoints")
     start = newest_checkpoint(folder / "checkpoints") if resume else None
     if resume and start is None:
@@ -62,6 +71,7 @@ def train(config: Config, *, resume: bool = False, force: Sequence[str] = ()) ->
     if not resume and (checkpoints(folder / "checkpoints") or (folder / "metrics.jsonl").exists()):
         raise ConfigError([f"run: {folder} has a run already; go on with --resume, or name another folder (run=…)"])
     find_sources(config)
+    check_reporters(config.reporters)
     print(set_deterministic(config.deterministic), flush=True)
     kinds = [STAGES[number] for number in config.stages]
     captions = any(kind.needs_captions for kind in kinds)
@@ -87,7 +97,7 @@ def train(config: Config, *, resume: bool = False, force: Sequence[str] = ()) ->
     if start is not None:
         load_checkpoint(start, models)
     evaluator = Evaluator(config, models, heldout, folder)
-    log = RunLog(folder, config.reporters, position.step)
+    log = RunLog(folder, config.reporters, position.step, asdict(config))
     began = time.monotonic() - position.seconds
     with stop_requests(models) as stop:
         run = Run(config, models, data, folder, identity, start, position, log, stop, began)
@@ -98,27 +108,31 @@ def train(config: Config, *, resume: bool = False, force: Sequence[str] = ()) ->
             log.close()
     evaluator.summary(minutes=(time.monotonic() - began) / 60)
     write_report(folder)
-    return folder
 
 
 def run_stages(run: Run, kinds: Sequence[Any], evaluator: Evaluator) -> None:
     """The stages from where the run stands on, and the measurements between them; each is made once."""
     position = run.position
+
+    def measure(moment: str) -> None:
+        with run.stop.heeded():
+            evaluator.measure(moment)
+        run.log.heldout(position.step, *evaluator.shown(moment))
+
     for kind in kinds[position.place :]:
         if kind not in kinds[: position.place]:
             evaluator.forget(kind.name)
     try:
-        with run.stop.heeded():
-            if position.step == 0:
+        if position.step == 0:
+            with run.stop.heeded():
                 evaluator.ceiling()
-                evaluator.measure("before")
-            if position.moment:
-                evaluator.measure(position.moment)
+            measure("before")
+        if position.moment:
+            measure(position.moment)
         while position.place < len(kinds):
             stage = kinds[position.place](run.config, run.models)
             run_stage(stage, run)
-            with run.stop.heeded():
-                evaluator.measure(stage.name)
+            measure(stage.name)
     except Interrupted:
         run.save(must=True)
         raise
@@ -145,10 +159,11 @@ def run_stage(stage: Stage, run: Run) -> None:
         found = {"optimizer": optimizer_tensors(optimizer), "mean": mean.tensors()}
         return found if reference is None else {**found, "reference": reference.state_dict()}
 
-    with ProgressLine(f"{stage.name}  {stage.title}", settings.steps, position.stage_step) as progress:
+    images = ReadAhead(run.data, settings.images, config.seed, stage.name, settings.steps, stage.prepare)
+    with images, ProgressLine(f"{stage.name}  {stage.title}", settings.steps, position.stage_step) as progress:
         for step in range(position.stage_step, settings.steps):
             speed.start()
-            examples = run.data.batch(step, settings.images, config.seed, stage.name)
+            examples = images.batch(step)
             warm_up(optimizer, position.taken, config.optimizer.warmup_steps)
             values, bad = take_step(stage, examples, step, optimizer, mean, run)
             position.stage_step, position.step, position.moment = step + 1, position.step + 1, None
@@ -161,7 +176,7 @@ def run_stage(stage: Stage, run: Run) -> None:
             values["lr"] = optimizer.param_groups[0]["lr"]
             values["micro_batch"] = settings.micro_batch
             values["skipped_steps"], values["skipped_images"] = position.skipped, len(run.data.skipped)
-            speed.measure(values)
+            speed.measure(values, images.waited)
             if models.decoder.loops is not None:
                 values["memory/graphs_gb"] = models.decoder.loops.recorder.bytes / 1e9
             run.log.metrics(position.step, stage.name, values)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import threading
 import unicodedata
 import zlib
 
@@ -12,8 +13,11 @@ import pytest
 from PIL import Image
 
 from uae_fast.config import ConfigError
-from uae_fast.data import MAX_ASPECT, ImageFolder, load_image
+from uae_fast.data import MAX_ASPECT, ImageFolder, ReadAhead, load_image
 
+pytestmark = pytest.mark.filterwarnings(  # Pillow's, of broken files
+    "ignore::UserWarning:PIL.TiffImagePlugin", "ignore::RuntimeWarning:PIL.Image"
+)
 WHITE = (255, 255, 255)
 
 
@@ -245,6 +249,114 @@ def test_an_image_lost_during_the_run_is_skipped_as_if_it_had_been_bad_before(fo
     (folder / f"{first[0]:02d}.png").unlink()
     with pytest.raises(ConfigError, match="2 of the 16 images"):
         order(images)
+
+
+class Watched:
+    """Prepares an image by its red value, and tells when it has done so for a step of four."""
+
+    def __init__(self):
+        self.seen, self.done = [], [threading.Event() for _ in range(8)]
+
+    def __call__(self, image):
+        self.seen.append(image.getpixel((0, 0))[0])
+        if len(self.seen) % 4 == 0:
+            self.done[len(self.seen) // 4 - 1].set()
+        return self.seen[-1]
+
+    def wait(self, step):
+        assert self.done[step].wait(60)
+
+
+def ahead(images, prepare, steps=8):
+    return ReadAhead(images, 4, 0, "stage2", steps, prepare)
+
+
+def readers():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("images")]
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_reading_ahead_gives_the_same_images(folder, first):
+    expected = order(ImageFolder(folder, "data.train"))[4 * first :]
+    with ahead(ImageFolder(folder, "data.train"), lambda image: image.getpixel((0, 0))[0]) as images:
+        found = [example for step in range(first, 8) for example in images.batch(step)]
+    assert [example.id for example in found] == [example.prepared for example in found] == expected
+
+
+def test_the_next_step_is_read_while_this_one_computes_and_no_more(folder):
+    images, prepare = ImageFolder(folder, "data.train"), Watched()
+    expected = order(ImageFolder(folder, "data.train"))
+    with ahead(images, prepare) as reading:
+        for step in range(3):
+            assert [example.id for example in reading.batch(step)] == expected[4 * step : 4 * step + 4]
+            prepare.wait(step + 1)  # without anybody asking for it
+            assert prepare.seen == expected[: 4 * step + 8]
+    assert prepare.seen == expected[:16] and readers() == []
+    with ahead(images, prepare := Watched(), steps=1) as reading:
+        reading.batch(0)
+    assert prepare.seen == expected[:4]  # the last step has none after it
+
+
+def test_a_lost_image_is_named_and_counted_at_its_step(folder, capsys):
+    images, prepare = ImageFolder(folder, "data.train", max_bad=0.1), Watched()
+    ids = order(images)
+    (folder / f"{ids[5]:02d}.png").unlink()
+    with ahead(images, prepare) as reading:
+        reading.batch(0)
+        prepare.wait(1)
+        assert capsys.readouterr().out == "" and images.skipped == {}
+        assert [example.id for example in reading.batch(1)] == [ids[4], ids[6], ids[6], ids[7]]
+        assert capsys.readouterr().out == f"skipped {folder}/{ids[5]:02d}.png: not a file\n"
+        assert list(images.skipped) == [f"{ids[5]:02d}.png"]
+        for step in (2, 3, 4, 5):
+            reading.batch(step)
+    assert capsys.readouterr().out == ""  # once
+
+
+def test_an_error_comes_out_at_its_step_and_the_thread_ends(folder, capsys):
+    """The one, and after the same notes, that reading without a thread would have ended in."""
+    images, alone, prepare = *(ImageFolder(folder, "data.train", max_bad=0.1) for _ in range(2)), Watched()
+    for i in order(images)[5:7]:
+        (folder / f"{i:02d}.png").unlink()
+    with pytest.raises(ConfigError, match="2 of the 16 images") as caught, ahead(images, prepare) as reading:
+        assert len(reading.batch(0)) == 4
+        reading.batch(1)
+    said = capsys.readouterr().out
+    with pytest.raises(ConfigError) as expected:
+        order(alone)
+    assert caught.value.problems == expected.value.problems and said == capsys.readouterr().out
+
+    def refuse(image):
+        if image.getpixel((0, 0))[0] == ids[6]:
+            raise ValueError("no such shape")
+
+    for i in range(16):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(folder / f"{i:02d}.png")
+    images = ImageFolder(folder, "data.train")
+    ids = order(images)
+    with pytest.raises(ValueError, match="no such shape"), ahead(images, refuse) as reading:
+        assert len(reading.batch(0)) == 4
+        reading.batch(1)
+    assert readers() == []
+
+
+def test_a_stop_waits_for_no_more_than_the_step_being_read(folder):
+    """An exception in the loop, while the thread stands in the next step's first image."""
+    held, entered = threading.Event(), threading.Event()
+
+    def hold(image):
+        if len(seen) == 4:
+            entered.set()
+            held.wait(60)
+        seen.append(image)
+
+    seen = []
+    with pytest.raises(KeyboardInterrupt), ahead(ImageFolder(folder, "data.train"), hold) as reading:
+        reading.batch(0)
+        assert entered.wait(60) and readers() == ["images_0"]
+        threading.Timer(0.1, held.set).start()
+        raise KeyboardInterrupt
+    assert len(seen) == 8 and readers() == []
 
 
 def captions(folder, *rows):

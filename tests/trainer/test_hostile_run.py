@@ -5,9 +5,12 @@ import math
 import os
 
 import pytest
+from equal_runs import assert_equal_runs, rows
 from PIL import Image
 
 from uae_fast.cli import main
+from uae_fast.data import ImageFolder, ReadAhead
+from uae_fast.stages.generation_for_understanding import GenerationForUnderstanding
 from uae_fast.trainer import train
 
 CAPTIONS = [
@@ -60,6 +63,33 @@ def test_stages_that_read_captions_get_through_them(odd_world, small_config, con
         assert source.tobytes() == theirs.tobytes()
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page and "<b>.png" not in page and "&lt;b&gt;.png, the source" in page
+
+
+def test_reading_ahead_changes_no_bit(world, small_config, monkeypatch):
+    """Against a run that reads every step when it needs it, and prepares nothing."""
+    options = ("stages=[0,2,3]", "stage0.steps=3", "stage2.steps=3", "stage3.steps=3", "evaluate.images=2")
+    run = train(small_config(world, *options, run="ahead"))
+
+    def batch(self, step):
+        return self.images.batch(step, self.size, self.seed, self.stage)
+
+    monkeypatch.setattr(ReadAhead, "batch", batch)
+    assert_equal_runs(train(small_config(world, *options, run="plain")), run)
+
+
+def test_an_image_lost_on_the_way_is_counted_from_its_step_on(own_world, small_config, monkeypatch, capsys):
+    config = small_config(own_world, "stages=[2]", "stage2.steps=4", "evaluate.images=0", "data.max_bad=0.1")
+    lost = ImageFolder(config.data.train, "data.train").batch(2, 2, config.seed, "stage2")[1].file
+    rollout, seen = GenerationForUnderstanding.rollout, []
+
+    def losing(self, examples, step):
+        (own_world / "train" / lost).unlink(missing_ok=True)  # in step 0; the thread reads step 2 during step 1
+        seen.append(capsys.readouterr().out)
+        return rollout(self, examples, step)
+
+    monkeypatch.setattr(GenerationForUnderstanding, "rollout", losing)
+    assert [row["skipped_images"] for row in rows(train(config))] == [0, 0, 1, 1]
+    assert [f"skipped {own_world}/train/{lost}: not a file\n" in said for said in seen] == [False, False, True, False]
 
 
 def test_commands_say_odd_names_in_one_line(odd_world, capsys):

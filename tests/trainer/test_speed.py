@@ -88,7 +88,7 @@ def test_a_run_logs_phases_that_make_up_the_rollout(world, small_config):
     names = {"captions", "conditions", "renders", "rewards"}
     for row in rows:
         took = {key.removeprefix("seconds/"): value for key, value in row.items() if key.startswith("seconds/")}
-        assert took.keys() == {"rollout", "update"} | (names if row["stage"] in ("stage2", "stage3") else set())
+        assert took.keys() == {"data", "rollout", "update"} | (names if row["stage"] in ("stage2", "stage3") else set())
         parts = sum(took.get(name, 0.0) for name in names)
         assert parts <= took["rollout"] and took["update"] > 0
         if row["stage"] in ("stage2", "stage3"):

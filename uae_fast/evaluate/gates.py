@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from uae_kernels import group_advantages
 
-from ..checkpoint import write_whole
 from ..config import CheaperSamplerConfig, Config, ConfigError, accelerated, cheaper
 from ..data import Example
+from ..files import write_whole
 from ..logging import ProgressLine
 from ..models import Models
 from ..models.loading import check_fp8, load_models, run_device

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..checkpoint import write_whole
 from ..config import MOMENTS, Config, cheaper
 from ..data import Example, ImageFolder
+from ..files import write_whole, writing
 from ..logging import ProgressLine
 from ..models import Models
 from ..models.sources import models_folder
@@ -82,6 +82,15 @@ class Evaluator:
         path = self.folder / "samples" / moment / "scores.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
+    def shown(self, moment: str) -> tuple[dict[str, float], dict[str, tuple[Path, str]]]:
+        """What reporters show of a moment: its numbers, and its drawings with what was written of each image."""
+        rows, folder = self.scores(moment), self.folder / "samples" / moment
+        values = moment_summary(rows, []) if rows else {}
+        pictures = {
+            Path(row["picture"]).stem: (folder / row["picture"], row["caption"]) for row in rows if "picture" in row
+        }
+        return {name: value for name, value in values.items() if value is not None}, pictures
+
     @torch.no_grad()
     def _run(self, moment: str, write) -> None:
         if self.count == 0 or self.scores(moment):
@@ -103,8 +112,9 @@ class Evaluator:
                     row = score(example, caption, tokens, said, accuracies[i])
                     if len(rows) < config.evaluate.gallery:
                         row["picture"] = self.pictures[example.file]
-                        to_image(images[i]).save(folder / row["picture"])
-                        example.image.save(sources / row["picture"])
+                        for place, picture in ((folder, to_image(images[i])), (sources, example.image)):
+                            with writing(place / row["picture"]):
+                                picture.save(place / row["picture"])
                     rows.append(row)
                 progress.advance(len(examples), f"reward {_mean(rows, 'reward'):.3f}")
         write_whole(folder / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

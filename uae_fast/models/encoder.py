@@ -27,6 +27,19 @@ READER = "reader"  # the name of the adapter that re-reads captions; the policy'
 
 
 @dataclass(frozen=True)
+class Patches:
+    """An image as the vision tower takes it.
+
+    Attributes:
+        pixels: (patches, width) of the resized image, normalised.
+        grid: (1, 3), its frames, rows and columns of patches.
+    """
+
+    pixels: Tensor
+    grid: Tensor
+
+
+@dataclass(frozen=True)
 class Prompt:
     """The caption prompt of B images, ready for the language model.
 
@@ -257,14 +270,19 @@ class Encoder(nn.Module):
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
+    def patches(self, image: Image.Image) -> Patches:
+        """What of `prompt` needs no device: an image resized, normalised and cut up, on the host."""
+        found = self.image_processor([image], return_tensors="pt")
+        return Patches(found["pixel_values"], found["image_grid_thw"])
+
     @phase("captions")
     @torch.no_grad()
-    def prompt(self, images: Sequence[Image.Image]) -> Prompt:
+    def prompt(self, images: Sequence[Image.Image | Patches]) -> Prompt:
         """Runs the vision tower once over B images and lays out their caption prompts."""
-        pixels = self.image_processor(list(images), return_tensors="pt")
-        grid = pixels["image_grid_thw"]
-        values, places = (sent(x, self.device) for x in (pixels["pixel_values"], grid))
-        features = self.model.model.get_image_features(values, places).pooler_output
+        cut = [image if isinstance(image, Patches) else self.patches(image) for image in images]
+        grid = torch.cat([each.grid for each in cut])
+        pixels, places = (sent(x, self.device) for x in (torch.cat([each.pixels for each in cut]), grid))
+        features = self.model.model.get_image_features(pixels, places).pooler_output
         image_token = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
         texts = [self._prompt_text.replace(image_token, image_token * len(feature)) for feature in features]
         tokens = self.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..files import writing
+
 if TYPE_CHECKING:
     from uae_kernels.mmdit import Fp8Calibration, ModulationTable
 
@@ -45,8 +47,9 @@ def save_calibration(file: Path, made: Fp8Calibration) -> None:
     }
     tensors = {"timesteps": made.timesteps, **{f"scales.{name}": scales for name, scales in made.scales.items()}}
     part = file.with_suffix(".part")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, part, metadata=words)
-    os.replace(part, file)
+    with writing(file):
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, part, metadata=words)
+        os.replace(part, file)
 
 
 def load_calibration(file: Path, transformer: Any, timesteps: torch.Tensor) -> Fp8Calibration:

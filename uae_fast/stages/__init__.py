@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..config import Config, cheaper
@@ -39,6 +40,10 @@ class Stage(Protocol):
         """Makes trainable what this stage trains; optimiser groups {"params", "lr"}."""
         ...
 
+    def prepare(self, image: Image.Image) -> Any:
+        """What the rollout makes of an image on the host, without a draw; a thread calls it during the step before."""
+        ...
+
     def rollout(self, examples: Sequence[Example], step: int) -> Any:
         """Everything of a step that needs no gradient. The result has a length (samples) and `metrics`."""
         ...
@@ -50,6 +55,11 @@ class Stage(Protocol):
         name ends in "max").
         """
         ...
+
+
+def prepared(prepare: Callable[[Image.Image], Any], examples: Sequence[Example]) -> list[Any]:
+    """What `Stage.prepare` makes of a step's images, as far as that was not done ahead."""
+    return [prepare(example.image) if example.prepared is None else example.prepared for example in examples]
 
 
 @phase("rewards")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from uae_kernels import flow_step
@@ -13,10 +14,10 @@ from uae_kernels import flow_step
 from ..config import Config
 from ..data import Example
 from ..models import Models
-from ..models.encoder import Prompt
+from ..models.encoder import Patches, Prompt
 from ..rollout.renders import Guidance, initial_noise, ode_path
 from ..seeds import derive_seed
-from . import Metrics, sampler_metrics
+from . import Metrics, prepared, sampler_metrics
 
 
 @dataclass
@@ -55,16 +56,20 @@ class ColdStart:
             {"params": self.models.decoder.trainable(), "lr": self.settings.lr_decoder},
         ]
 
+    def prepare(self, image: Image.Image) -> Patches | None:
+        return self.models.encoder.patches(image) if self.settings.context == "image" else None
+
     @torch.no_grad()
     def rollout(self, examples: Sequence[Example], step: int) -> Answers:
         models, images = self.models, [example.image for example in examples]
+        patches = prepared(self.prepare, examples)
         seeds = [derive_seed(self.config.seed, self.name, step, example.id) for example in examples]
         shape = models.decoder.latent_shape(self.config.data.resolution)
         return Answers(
             captions=[example.caption or "" for example in examples],
             source=models.reward.embed_sources(images, [example.id for example in examples]),
             noise=initial_noise(seeds, shape, models.decoder.device),
-            prompt=models.encoder.prompt(images) if self.settings.context == "image" else None,
+            prompt=models.encoder.prompt(patches) if self.settings.context == "image" else None,
             metrics=sampler_metrics(self.config, drawn=False),
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..config import Config
@@ -14,7 +15,7 @@ from ..models import Models
 from ..models.decoder import Decoder
 from ..seeds import generator
 from ..transfer import sent
-from . import Metrics
+from . import Metrics, prepared
 
 
 def flow_matching_loss(
@@ -78,10 +79,13 @@ class DecoderPretrain:
             {"params": self.models.decoder.trainable(), "lr": self.settings.lr_decoder},
         ]
 
+    def prepare(self, image: Image.Image) -> Tensor:
+        return square(image, self.config.data.resolution)
+
     @torch.no_grad()
     def rollout(self, examples: Sequence[Example], step: int) -> Pairs:
         decoder = self.models.decoder
-        images = torch.cat([square(example.image, self.config.data.resolution) for example in examples])
+        images = torch.cat(prepared(self.prepare, examples))
         captions, size = [example.caption or "" for example in examples], self.settings.micro_batch
         latents = torch.cat([decoder.encode(sent(some, decoder.device)) for some in images.split(size)])
         read = [self.models.encoder.read(captions[i : i + size], "policy") for i in range(0, len(captions), size)]

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 from uae_kernels import group_advantages, linear_grpo_loss, linear_logprobs
 
 from ..config import Config
 from ..data import Example
 from ..models import Models
-from ..models.encoder import Prompt
+from ..models.encoder import Patches, Prompt
 from ..rollout.captions import Captions, sample_captions
 from ..rollout.renders import draw
 from ..seeds import derive_seed
@@ -22,6 +23,7 @@ from . import (
     caption_metrics,
     judge,
     policy_metrics,
+    prepared,
     reward_metrics,
     sampler_metrics,
     sampling_metrics,
@@ -62,13 +64,15 @@ class GenerationForUnderstanding:
     def groups(self) -> list[dict]:
         return [{"params": self.models.encoder.trainable(), "lr": self.settings.lr}]
 
+    def prepare(self, image: Image.Image) -> Patches:
+        return self.models.encoder.patches(image)
+
     @torch.no_grad()
     def rollout(self, examples: Sequence[Example], step: int) -> CaptionRollout:
         config, settings, models = self.config, self.settings, self.models
         size = settings.group_size
         seeds = [derive_seed(config.seed, self.name, step, e.id, i) for e in examples for i in range(size)]
-        images = [example.image for example in examples]
-        prompt = models.encoder.prompt(images)
+        prompt = models.encoder.prompt(prepared(self.prepare, examples))
         captions = sample_captions(
             models.encoder,
             prompt,

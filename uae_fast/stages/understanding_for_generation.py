@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 from torch import Tensor
 from uae_kernels import flow_grpo_loss, group_advantages
 
 from ..config import Config
 from ..data import Example
 from ..models import Models
+from ..models.encoder import Patches
 from ..rollout.captions import sample_captions
 from ..rollout.renders import Guidance, Trajectory, sde_window
 from ..seeds import derive_seed
 from ..transfer import sent
-from . import Metrics, caption_metrics, judge, policy_metrics, reward_metrics, sampler_metrics
+from . import Metrics, caption_metrics, judge, policy_metrics, prepared, reward_metrics, sampler_metrics
 
 
 @dataclass
@@ -48,12 +50,14 @@ class UnderstandingForGeneration:
     def groups(self) -> list[dict]:
         return [{"params": self.models.decoder.trainable(), "lr": self.settings.lr}]
 
+    def prepare(self, image: Image.Image) -> Patches:
+        return self.models.encoder.patches(image)
+
     @torch.no_grad()
     def rollout(self, examples: Sequence[Example], step: int) -> DrawingRollout:
         config, settings, models = self.config, self.settings, self.models
         size = settings.group_size
-        images = [example.image for example in examples]
-        prompt = models.encoder.prompt(images)
+        prompt = models.encoder.prompt(prepared(self.prepare, examples))
         captions = sample_captions(
             models.encoder,
             prompt,

@@ -202,7 +202,7 @@ def test_two_runs_are_compared():
     older = [timed(OURS, 10.0, date="0"), timed("a", 1.0, date="0")]
     assert run.repeated(before) == []
     first, second = run.repeated(older + before + after)
-    assert first == "verdicts of the last two runs agree for 1 of 2 rivals"
+    assert first.startswith("verdicts of the last two runs (commit unknown) agree for 1 of 2 rivals; 0 differ")
     assert second.endswith("b: slower, then faster")
 
 

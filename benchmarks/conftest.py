@@ -131,7 +131,7 @@ def measured(rows, here):
     return {
         (case_of(row), row["contestant"], str(row["config"]))
         for row in rows
-        if all(row.get(key) == here[key] for key in ("commit", "dirty", "device", "threads"))
+        if "median_ms" in row and all(row.get(key) == here[key] for key in ("commit", "dirty", "device", "threads"))
     }
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from uae_kernels._triton import INTERPRETED
 
+from .heap import keep_freed
 from .kernels.harness import Contest, OutOfTime, failed
 from .kernels.report import show
 from .rows import RESULTS, append, case_of, environment, read
@@ -13,21 +14,22 @@ from .rows import RESULTS, append, case_of, environment, read
 class Contests:
     """One contest at a time; its rows are written when it is left.
 
-    Within a budget a case begins only while there is time left for one like the longest so far; a contest of single
-    visits, which may take minutes each, ends before a visit in the same way.
+    Within a budget a case begins only while there is time left for twice the longest of its op so far, at most for the
+    longest of all; a contest of single visits, which may take minutes each, ends before a visit that, as long as the
+    longest so far, would end too late.
     """
 
     def __init__(self, environment, folder, budget=None):
         self.environment, self.folder, self.rows = environment, folder, []
         self.start, self.budget = time.monotonic(), budget
-        self.longest = {"case": 0.0, "visit": 0.0}
+        self.longest_visit, self.longest = 0.0, {}  # `longest` case of each op
         self.case = self.contest = self.failure = None
         self.left_out = []  # the cases that were not reached, or not finished
 
     def enter(self, op, case):
         if case != self.case:
             self.leave()
-            self.need("case", case)
+            self.need(self.expected(case), case)
             self.case, self.began = case, time.monotonic()
             try:
                 self.contest = getattr(op, "Contest", Contest)(op, case)
@@ -40,15 +42,19 @@ class Contests:
 
     def visit(self, contest, name, benchmark):
         if self.case.passes == 1:
-            self.need("visit", self.case)
+            self.need(self.longest_visit, self.case)
         start = time.monotonic()
         try:
             return contest.time(name, benchmark)
         finally:
-            self.longest["visit"] = max(self.longest["visit"], time.monotonic() - start)
+            self.longest_visit = max(self.longest_visit, time.monotonic() - start)
 
-    def need(self, what, case):
-        if self.budget is not None and time.monotonic() - self.start + self.longest[what] > self.budget:
+    def expected(self, case):
+        longest = max(self.longest.values(), default=0.0)
+        return min(longest, 2 * self.longest.get(case.op, longest))
+
+    def need(self, seconds, case):
+        if self.budget is not None and time.monotonic() - self.start + seconds > self.budget:
             if case not in self.left_out:
                 self.left_out.append(case)
             raise OutOfTime
@@ -61,7 +67,8 @@ class Contests:
             else:
                 self.keep(self.contest.rows(self.environment))
         if self.case:
-            self.longest["case"] = max(self.longest["case"], time.monotonic() - self.began)
+            took = time.monotonic() - self.began
+            self.longest[self.case.op] = max(self.longest.get(self.case.op, 0.0), took)
         self.case = self.contest = self.failure = None
 
     def keep(self, rows):
@@ -90,6 +97,7 @@ def pytest_configure(config):
     option = config.option
     option.benchmark_quiet = True  # its table knows neither memory nor errors, and each visit apart
     here = environment("cuda" if torch.cuda.is_available() else "cpu", option.commit)
+    here["heap"] = "keeps what is freed" if keep_freed() else "the system's"
     config.stash[CONTESTS] = Contests(here, None if option.quick else option.rows, option.budget)
     config.stash[DONE] = []
 
@@ -123,7 +131,7 @@ def measured(rows, here):
     return {
         (case_of(row), row["contestant"], str(row["config"]))
         for row in rows
-        if all(row.get(key) == here[key] for key in ("commit", "dirty", "device", "threads"))
+        if "median_ms" in row and all(row.get(key) == here[key] for key in ("commit", "dirty", "device", "threads"))
     }
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+import statistics
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +22,8 @@ OURS = "uae-kernels"  # what the names of our implementations begin with
 PACKAGES = ("torch", "triton", "trl", "liger-kernel")
 SIZES = ("N", "H", "V", "B", "T", "G")
 CASE = ("op", "variant", "device", "dtype", *SIZES)
-NEAR = 0.05  # medians so near to each other are called equal
+NEAR = 0.05  # times that differ by no more are called equal
+SURE = 0.9  # what an interval covers at least
 
 Row = dict[str, Any]
 
@@ -79,13 +82,49 @@ def case_of(row: Row) -> tuple:
     return tuple(row.get(key) for key in CASE)
 
 
+class Ratio(NamedTuple):
+    """Of a rival's time to ours: the median of the visits' ratios, and an interval that covers the true median."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """What covers the median of independent values, whatever their distribution, with a probability of at least SURE.
+
+    Between the k-th smallest and the k-th largest, k as large as it may be; None for fewer than five values. Of eight
+    it is the second and the seventh, and covers 93 %.
+    """
+    n = len(values)
+    outside = [2 * sum(math.comb(n, j) for j in range(k)) / 2**n for k in range(1, n // 2 + 1)]
+    k = sum(share <= 1 - SURE for share in outside)
+    return (sorted(values)[k - 1], sorted(values)[n - k]) if k else None
+
+
+def ratio(ours: Row, rival: Row) -> Ratio | None:
+    """Of two rows of one run, visit by visit: what slows the machine for a while slows both. None without visits."""
+    own, its = (row.get("visits_ms") or [] for row in (ours, rival))
+    pairs = list(zip(own, its, strict=False)) if len(own) == len(its) else []
+    found = [b / a for a, b in pairs]
+    within = interval(found)
+    return Ratio(statistics.median(found), *within) if within else None
+
+
 def verdict(ours: Row, rival: Row) -> str:
-    """What ours is: "faster", "slower" or "equal", with medians within 5 % or overlapping middle three fifths."""
-    if abs(ours["median_ms"] / rival["median_ms"] - 1) <= NEAR:
+    """What ours is: "faster" or "slower" where the ratio's whole interval is beyond 5 %, else "equal".
+
+    Rows without enough visits: "equal" with medians within 5 % or overlapping middle three fifths of the rounds.
+    """
+    if found := ratio(ours, rival):
+        low, high = found.low, found.high
+    elif max(ours["p20_ms"], rival["p20_ms"]) <= min(ours["p80_ms"], rival["p80_ms"]):
         return "equal"
-    if ours["p80_ms"] < rival["p20_ms"]:
+    else:
+        low = high = rival["median_ms"] / ours["median_ms"]
+    if low > 1 + NEAR:
         return "faster"
-    return "slower" if ours["p20_ms"] > rival["p80_ms"] else "equal"
+    return "slower" if high < 1 / (1 + NEAR) else "equal"
 
 
 def verdicts(rows: Iterable[Row]) -> dict[tuple, str]:

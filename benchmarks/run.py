@@ -84,22 +84,35 @@ def report(folder: Path) -> None:
 
 
 def repeated(rows: list[Row]) -> list[str]:
-    """Whether the last two runs of each case say the same of who is faster; no lines where no case ran twice."""
+    """Whether the last two runs of each case say the same of who is faster; no lines where no case ran twice.
+
+    "faster" and "slower" contradict each other; "equal" and one of them lie side by side.
+    """
     runs: dict[tuple, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         runs[case_of(row)][row["date"]].append(row)
-    compared, differing = 0, []
+    compared, contradicted, differing, commits = 0, 0, [], set()
     for dates in runs.values():
         if len(dates) < 2:
             continue
-        before, last = (verdicts(dates[date]) for date in sorted(dates)[-2:])
-        for key in before.keys() & last.keys():
+        pair = [dates[date] for date in sorted(dates)[-2:]]
+        before, last = (verdicts(found) for found in pair)
+        commits |= {tuple((found[0].get("commit") or "unknown")[:10] for found in pair)}
+        for key in sorted(before.keys() & last.keys(), key=str):
             compared += 1
             if before[key] != last[key]:
+                contradicted += "equal" not in (before[key], last[key])
                 case = " ".join(str(part) for part in key[0] if part is not None)
                 differing.append(f"  {case}, {key[1]}: {before[key]}, then {last[key]}")
-    same = compared - len(differing)
-    return [f"verdicts of the last two runs agree for {same} of {compared} rivals", *differing] if compared else []
+    if not compared:
+        return []
+    of = "; ".join(f"commit {a}" if a == b else f"commits {a} and {b}" for a, b in sorted(commits))
+    near = len(differing) - contradicted
+    return [
+        f"verdicts of the last two runs ({of}) agree for {compared - len(differing)} of {compared} rivals; "
+        f"{near} differ by one step (equal beside faster or slower), {contradicted} contradict each other",
+        *differing,
+    ]
 
 
 if __name__ == "__main__":

@@ -3,25 +3,30 @@
     python -m benchmarks.tables [FILE…]      # all that have tables
 
 NAME is OP-KIND, OP-KIND-VARIANT or OP-KIND-VARIANT-DTYPE (linear_logprobs-gpu-frozen), `memory`, `resources`,
-`sampler-counted`, `sampler-gpu`, `scaling-cpu`, `gate-CONFIG` or `performance`, which is README's section. In an op's
-table for a GPU, times that have not been measured are predicted for an H200, and marked ≈.
+`sampler-counted`, `sampler-gpu`, `scaling-cpu`, `trainer-learning-cpu`, `gate-CONFIG` or `performance`, which is
+README's section. In an op's table for a GPU, times that have not been measured are predicted for an H200, and marked ≈.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from .kernels import predicted, resources
 from .kernels.memory import NAME as MEMORY
 from .kernels.report import exponents
 from .kernels.scaling import OP as SCALING
 from .kernels.test_speed import OPS
-from .rows import OURS, RESULTS, ROOT, Row, case_of, is_ours, label, newest, read, verdict
+from .rows import OURS, RESULTS, ROOT, Row, case_of, is_ours, label, newest, ratio, read, verdict
 from .sampler import counted, denoise
+from .trainer import learning
 
 PLACES = ("README.md", "benchmarks/README.md", "docs/samplers.md")
 FILES = [ROOT / place for place in PLACES]
@@ -229,48 +234,168 @@ def gates(config: str) -> str:
     return "\n\n".join([markdown(list(HEADER), [cells(row) for row in result["rows"]]), *notes(result)])
 
 
-def performance() -> str:
-    """README's section: ours beside the fastest rival of each case, then what is not faster, then predictions."""
+def learning_curve(folder: Path) -> str:
+    """What each way of training has learned, and when: means over seeds with their standard deviation."""
+    rows = learning.newest(read(f"{learning.OP}-cpu.jsonl"))
+    if not rows:
+        return "Not measured yet."
+    lines = []
+    for name in (learning.FAST, learning.NAIVE):
+        own = [row for row in rows if row["contestant"] == name]
+        if not own:
+            continue
+        times = [[learning.reached(row["heldout"], level) for row in own] for level in learning.LEVELS]
+        cells = [name, _spread([row["steps"] for row in own], ".0f"), *map(_seconds, times)]
+        cells.append(_spread([row["heldout"][-1][1] for row in own], ".3f"))
+        lines.append([f"**{cell}**" for cell in cells] if name == learning.FAST else cells)
+    seeds, first = len({row["seed"] for row in rows}), statistics.fmean(row["heldout"][0][1] for row in rows)
+    budget = f"{rows[0]['budget_s']:g} s"
+    header = ["stage 2, tiny preset", f"steps in {budget}", *(f"s to reward {level}" for level in learning.LEVELS)]
+    note = (
+        f"Held-out reward against seconds of training, {seeds} seeds, mean ± standard deviation; it starts at "
+        f"{first:.3f}. Between measurements, {learning.EVERY:g} s of training apart, times are read off a straight "
+        f"line. Measured: {provenance(rows)}."
+    )
+    shown = markdown([*header, f"reward after {budget}"], lines)
+    return "\n\n".join([shown, *_picture(f"{learning.OP}-cpu", "Held-out reward against seconds", folder), note])
+
+
+def _spread(values: list[float], form: str) -> str:
+    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{spread}"
+
+
+def _seconds(times: list[float | None]) -> str:
+    """Of runs of which some may not have got there: their mean is only given where all have."""
+    there = [time for time in times if time is not None]
+    if len(there) == len(times):
+        return _spread(there, ".1f")
+    return f"in {len(there)} of {len(times)} seeds" if there else "not reached"
+
+
+def _picture(name: str, what: str, folder: Path) -> list[str]:
+    """A plot for a Markdown file in `folder`, where it has been drawn."""
+    file = RESULTS / "plots" / f"{name}.png"
+    return [f"![{what}]({os.path.relpath(file, folder)})"] if file.is_file() else []
+
+
+class Beside(NamedTuple):
+    """Ours and the fastest rival of a case."""
+
+    own: Row
+    rival: Row
+    says: str
+    ratio: float
+
+    @property
+    def case(self) -> str:
+        return f"{self.own['op']}, {self.own['variant']}, {self.own['dtype']}, N {self.own['N']:,}"
+
+    def words(self) -> str:
+        """The verdict, how many times ours the rival's time is, and the interval of that where visits were kept."""
+        found = ratio(self.own, self.rival)
+        between = f" ({found.low:.2f}–{found.high:.2f})" if found else ""
+        return f"{self.says}, {self.ratio:.2f}×{between}"
+
+
+ORDER = ("faster", "equal", "slower")
+ON = {"gpu": "a GPU", "cpu": "a CPU"}
+WHY = (
+    "The ops' kernels are Triton's and need a GPU. On a CPU the ops are PyTorch operations, unfused, that sum in fp32 "
+    "and take rows in tiles of a fixed size: a row's result depends neither on the rows beside it nor on its place, "
+    "which rivals do not promise. Noise is drawn by the kernels' generator, in integer arithmetic."
+)
+
+
+def performance(folder: Path = ROOT) -> str:
+    """README's section: in short; the trainer beside its peers; its learning; the ops beside their rivals."""
     rows = [row for row in read() if "median_ms" in row and row["op"] not in (SCALING, denoise.OP)]
-    parts = [_beside(kind, [row for row in rows if row["kind"] == kind]) for kind in ("gpu", "cpu")]
-    return "\n\n".join([part for part in parts if part] + _predictions({row["device"] for row in rows}))
+    devices = sorted({(row["kind"] == "cpu", row["device"]) for row in rows})  # GPUs first
+    parts = {
+        (subject, device): beside(row for row in rows if row["device"] == device and (row["op"] in TRAINER) == trainer)
+        for subject, trainer in (("The trainer's updates", True), ("Ops", False))
+        for _, device in devices
+    }
+    parts = {key: found for key, found in parts.items() if found}
+    predictions = _predictions({row["device"] for row in rows})
+    short = [f"- {line}" for (subject, _), found in parts.items() for line in _in_short(subject, found)]
+    if predictions:
+        short.append("- Ops on an H200 are predicted, not measured: marked ≈.")
+    sections = ["\n".join(short)] if short else ["Not measured yet."]
+    for subject in ("The trainer's updates", "Learning", "Ops"):
+        own = [part for (name, _), found in parts.items() if name == subject for part in _shown(found)]
+        own += [learning_curve(folder)] if subject == "Learning" else predictions if subject == "Ops" else []
+        sections += [f"### {subject}", *own] if own else []
+    return "\n\n".join(sections)
 
 
-def _beside(kind: str, rows: list[Row]) -> str:
+def beside(rows: Iterable[Row]) -> list[Beside]:
+    """Each case's, what is faster first."""
     best = defaultdict(list)
     for row in newest(rows):
         if row["median_ms"] is not None:
             best[case_of(row)].append(row)
-    lines, used = [], []
-    ops: dict[str, list[tuple[float, str, str]]] = defaultdict(list)
+    pairs = []
     for found in best.values():
         own = next(row for row in found if is_ours(row))  # `newest` has no runs without
-        rivals = sorted((row for row in found if not is_ours(row)), key=lambda row: row["median_ms"])
-        if not rivals:
-            continue
-        rival, case = rivals[0], f"{own['op']}, {own['variant']}, {own['dtype']}, N {own['N']:,}"
-        says, ratio = verdict(own, rival), rival["median_ms"] / own["median_ms"]
-        cells = [case, f"{own['median_ms']:.3g}", f"{rival['median_ms']:.3g} ({label(rival)})", f"{says}, {ratio:.2f}×"]
-        cells.append(" / ".join(_megabytes(row["peak_bytes"]) for row in (own, rival)))
-        lines.append([f"**{cell}**" if says == "faster" else cell for cell in cells])
-        used += found
-        ops[own["op"]].append((ratio, label(rival), says))
-    if not lines:
-        return ""
-    header = ["op and case", "uae-kernels, ms", "fastest rival, ms", "we are", "peak MB, ours / its"]
-    where = "a GPU" if kind == "gpu" else "a CPU"
-    notes = [f"Measured on {where}: {provenance(used)}. Equal: medians within 5 %, or overlapping p20–p80."]
-    slower = []
+        rivals = [row for row in found if not is_ours(row)]
+        if rivals:
+            rival = min(rivals, key=lambda row: row["median_ms"])
+            paired = ratio(own, rival)
+            times = paired.median if paired else rival["median_ms"] / own["median_ms"]
+            pairs.append(Beside(own, rival, verdict(own, rival), times))
+    return sorted(pairs, key=lambda pair: ORDER.index(pair.says))
+
+
+def _in_short(subject: str, pairs: list[Beside]) -> list[str]:
+    """Measured pairs of a device in a line; of the trainer's each by name."""
+    kind = pairs[0].own["kind"]
+    where = pairs[0].own["device"] + (f", {pairs[0].own['threads']} threads" if kind == "cpu" else "")
+    measured = f"measured on {ON[kind]} ({where})"
+    if subject == "Ops":
+        counts = ", ".join(f"{says} in {sum(p.says == says for p in pairs)}" for says in ORDER)
+        without = "" if kind == "gpu" else ", without their kernels, which need a GPU"
+        return [f"Ops, {measured}{without}: {counts} of {len(pairs)} cases, each beside its fastest rival."]
+    lines = []
+    for pair in pairs:
+        name, times = label(pair.rival), f"{pair.ratio:.2f}×"
+        says = f"as fast as {name} ({times})" if pair.says == "equal" else f"{pair.says} than {name} ({times} as fast)"
+        peaks = [row["peak_bytes"] for row in (pair.own, pair.rival)]
+        memory = f", in {peaks[0] / peaks[1]:.2f}× its peak memory" if all(peaks) else ""
+        stage, _, preset = pair.own["variant"].partition("-")
+        lines.append(f"{stage.replace('stage', 'Stage ')}'s update, preset {preset}, {measured}: {says}{memory}.")
+    return lines
+
+
+def _shown(pairs: list[Beside]) -> list[str]:
+    """The table of a device's pairs, where it was measured, and what is not faster."""
+    kind, lines = pairs[0].own["kind"], []
+    ops: dict[str, list[Beside]] = defaultdict(list)
+    for pair in pairs:
+        times = [f"{row['median_ms']:.3g}" for row in (pair.own, pair.rival)]
+        cells = [pair.case, times[0], f"{times[1]} ({label(pair.rival)})", pair.words()]
+        cells.append(" / ".join(_megabytes(row["peak_bytes"]) for row in (pair.own, pair.rival)))
+        lines.append([f"**{cell}**" for cell in cells] if pair.says == "faster" else cells)
+        ops[pair.own["op"]].append(pair)
+    used = [row for pair in pairs for row in (pair.own, pair.rival)]
+    header = ["case", "ours, ms", "fastest rival, ms", "ours is", "peak MB, ours / its"]
+    notes = [
+        f"Measured on {ON[kind]}: {provenance(used)}. Equal: not told apart by more than 5 % (benchmarks/README.md, "
+        "Verdicts)."
+    ]
+    equal = sum(pair.says == "equal" for pair in pairs)
+    slower = [f"equal in {equal} of {len(pairs)} cases"] if equal else []
     for op, cases in ops.items():
-        lost = sorted(case for case in cases if case[2] == "slower")
-        if lost:
-            ratio, rival, _ = lost[0]
+        if lost := sorted((case for case in cases if case.says == "slower"), key=lambda case: case.ratio):
             slower.append(
-                f"{op} in {len(lost)} of {len(cases)} cases ({rival} takes as little as {ratio:.2f}× our time)"
+                f"slower in {op}, {len(lost)} of {len(cases)} cases ({label(lost[0].rival)} takes as little as "
+                f"{lost[0].ratio:.2f}× our time)"
             )
     if slower:
-        notes.append(f"Not faster on {where}: {'; '.join(slower)}.")
-    return "\n\n".join([markdown(header, lines), *notes, *_errors(used)])
+        notes.append(f"Not faster on {ON[kind]}: {'; '.join(slower)}.")
+    if kind == "cpu" and any(op not in TRAINER for op in ops):
+        notes.append(WHY)
+    return [markdown(header, lines), *notes, *_errors(used)]
 
 
 def _errors(rows: list[Row]) -> list[str]:
@@ -313,11 +438,14 @@ def _predictions(devices: set[str]) -> list[str]:
     return [markdown(["op and case", "uae-kernels, ms", "fastest rival, ms", "ratio"], lines), note]
 
 
-def table(name: str) -> str:
+def table(name: str, folder: Path = ROOT) -> str:
+    """What stands in a Markdown file of `folder` under a name."""
     if name == "performance":
-        return performance()
+        return performance(folder)
     if name == f"{SCALING}-cpu":
-        return growth()
+        return "\n\n".join([growth(), *_picture(name, "Time and memory against one size", folder)])
+    if name == f"{learning.OP}-cpu":
+        return learning_curve(folder)
     if name.startswith("gate-"):
         return gates(name.removeprefix("gate-"))
     if name == counted.NAME:
@@ -332,13 +460,18 @@ def table(name: str) -> str:
     found = re.fullmatch(rf"({'|'.join(known)})-(cpu|gpu)(?:-([^-]+))?(?:-([^-]+))?", name)
     if not found:
         raise SystemExit(f"no table is called {name!r}: OP-cpu or OP-gpu, with -VARIANT or -VARIANT-DTYPE; OP {known}")
-    return speed(*found.groups())
+    return "\n\n".join([speed(*found.groups()), *_picture(name, f"{found[1]}: time and memory", folder)])
+
+
+def written(text: str, folder: Path) -> str:
+    """A Markdown file's text, which stands in `folder`, with its tables as the rows have them."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{table(found[2], folder)}\n\n{found[3]}", text)
 
 
 def main(files: list[Path]) -> None:
     for file in files:
         old = file.read_text()
-        new = MARKED.sub(lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}", old)
+        new = written(old, file.parent)
         if new != old:
             file.write_text(new)
             print(f"updated {file}")

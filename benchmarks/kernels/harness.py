@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -25,10 +25,13 @@ PROMISED = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 2.5e-3)}
 RELATIVE = ("latents",)  # values whose errors are relative too
 # A bf16 logit between 32 and 64 is off by up to 0.125, and so is log Σ e^z: far beyond, an op computes another thing.
 TOLERATED = {torch.float32: (1e-2, 1e-2), torch.bfloat16: (0.5, 0.2)}
-PASSES = 4  # visits to each contestant, in alternating order, so that drift favours none
-SECONDS = {"cpu": 0.5, "cuda": 1.0}  # for the rounds of one visit
+PASSES = 8  # visits to each contestant, in alternating order, so that drift favours none
+SECONDS = {"cpu": 0.25, "cuda": 0.5}  # for the rounds of one visit
 CYCLES = 2e9  # of a GPU in a second
-ROUNDS = {"cpu": (2, 20), "cuda": (3, 20)}  # of one visit, at least and at most
+ROUNDS = {"cpu": (1, 10), "cuda": (2, 10)}  # of one visit, at least and at most
+ONCE = (3, 20)  # the same where there is one visit alone
+LONG = 0.05  # seconds of a step that a CPU does not warm up for: what is cold is no part of so long a step
+BEHIND = 2.0  # a configuration that takes so many times as long as another of the same contestant is not timed
 
 Results = dict[str, Tensor]
 Truth = dict[str, Any]  # a tensor, or (index, tensor) where some of a result's rows are enough
@@ -102,6 +105,7 @@ class Entry:
     peak_bytes: int | None = None
     flops: int | None = None
     times: list[float] = field(default_factory=list)
+    visits: list[float] = field(default_factory=list)  # the median of each visit's times
 
 
 class Contest:
@@ -115,6 +119,7 @@ class Contest:
         self.case, self.inputs = case, op.inputs(case)
         truth = op.truth(case, self.inputs)
         self.entries = {str(c): self._admit(c, truth) for c in op.contestants(case)}
+        leave_out(self.entries.values())
 
     def _admit(self, contestant: Contestant, truth: Truth) -> Entry:
         entry, ours = Entry(contestant), contestant.name.startswith(OURS)
@@ -125,7 +130,6 @@ class Contest:
                 raise WrongResults(f"{self.case}: {contestant.name}: {wrong}") if ours else Absent(f"wrong: {wrong}")
             entry.host_seconds = host_seconds(entry.step) if self._on_device else None
             run = self.timed(entry)
-            run()
             start = time.perf_counter()
             run()
             entry.seconds = time.perf_counter() - start
@@ -166,14 +170,17 @@ class Contest:
         entry = self.entries[key]
         if entry.reason:
             return entry.reason
-        fewest, most = (1, 3) if self.case.quick else ROUNDS[self.case.device]
-        rounds = max(fewest, min(most, int(SECONDS[self.case.device] / max(entry.seconds, 1e-6))))
+        device, once = self.case.device, self.case.passes == 1
+        fewest, most = (1, 3) if self.case.quick else ONCE if once else ROUNDS[device]
+        rounds = max(fewest, min(most, int(SECONDS[device] / max(entry.seconds, 1e-6))))
+        warm_up = int(device == "cuda" or once or entry.seconds < LONG)
         before = len(entry.times)
-        benchmark.pedantic(self.timed(entry), rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(self.timed(entry), rounds=rounds, warmup_rounds=warm_up)
         if self._on_device:
             del entry.times[before]  # the round that warmed up
         else:
             entry.times += benchmark.stats.stats.data
+        entry.visits.append(statistics.median(entry.times[before:]))
         return None
 
     def rows(self, environment: Row) -> list[Row]:
@@ -198,6 +205,7 @@ def row_of(case: Case, entry: Entry) -> Row:
         "median_ms": statistics.median(times) if times else None,
         "p20_ms": fifths[0] if times else None,
         "p80_ms": fifths[3] if times else None,
+        "visits_ms": [1e3 * t / case.calls for t in entry.visits],
         "host_ms": entry.host_seconds and 1e3 * entry.host_seconds,
         "rounds": len(times),
         "calls": case.calls,
@@ -206,6 +214,19 @@ def row_of(case: Case, entry: Entry) -> Row:
         "errors": entry.errors,
         "reason": entry.reason,
     }
+
+
+def leave_out(entries: Iterable[Entry]) -> None:
+    """Gives a reason to each configuration of a rival that is far behind another of its own."""
+    entries = [e for e in entries if e.step and not e.contestant.name.startswith(OURS)]
+    for entry in entries:
+        same = [e for e in entries if e.contestant.name == entry.contestant.name]
+        best = min(same, key=lambda e: e.seconds)
+        if entry.seconds > BEHIND * best.seconds:
+            words = ", ".join(f"{key} {value}" for key, value in best.contestant.config.items())
+            entry.reason = f"takes {entry.seconds / best.seconds:.1f} times as long as with {words}"
+    for entry in entries:
+        entry.step = None if entry.reason else entry.step
 
 
 def failed(case: Case, contestant: Contestant, error: Exception) -> Row:

@@ -98,7 +98,7 @@ def contestants(case: Case) -> list[Contestant]:
                 two_parts(linear_logprobs.trl, chunk_size=size),
                 {"chunk_size": size},
             )
-            for size in linear_logprobs.CHUNKS
+            for size in linear_logprobs.CHUNKS[case.device]
             if size <= case.V
         ),
         *(

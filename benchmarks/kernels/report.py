@@ -128,8 +128,10 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
     plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
     files = _plot_growth([row for row in rows if row["op"] == SCALING], folder, plt)
     others = [row for row in rows if row["op"] != SCALING]
-    for (op, kind, device), found in cases(newest(others), "op", "kind", "device").items():
+    for (op, kind, _), found in cases(newest(others), "op", "kind", "device").items():
         timed = [row for row in found if row["median_ms"] is not None]
+        if not timed:
+            continue
         names = sorted({row["contestant"] for row in timed}, key=lambda name: (not name.startswith(OURS), name))
         panels = cases(timed, "variant", "dtype")
         many = any(len({row["N"] for row in panel}) > 1 for panel in panels.values())
@@ -151,7 +153,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
         if many:
             handles, labels = axes[0][0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-        figure.suptitle(f"{op} on {device}", x=0.01, ha="left")
+        _title(figure, op, timed)
         folder.mkdir(parents=True, exist_ok=True)
         files.append(folder / f"{op}-{kind}.png")
         _save(figure, files[-1], plt)
@@ -171,14 +173,14 @@ def _save(figure, file: Path, plt) -> None:
 def _plot_growth(rows: list[Row], folder: Path, plt) -> list[Path]:
     """A line of panels for each scaling variant, time and memory; the legend has the exponents."""
     files = []
-    for (kind, device), own in cases(rows, "kind", "device").items():
+    for (kind, _), own in cases(rows, "kind", "device").items():
         variants = defaultdict(list)
         for growth in exponents(own):
             variants[growth.variant].append(growth)
         if not variants:
             continue
         figure, axes = plt.subplots(
-            len(variants), 2, figsize=(9, 2.6 * len(variants)), squeeze=False, layout="constrained"
+            len(variants), 2, figsize=(12, 2.4 * len(variants) + 0.4), squeeze=False, layout="constrained"
         )
         for line, (variant, grown) in zip(axes, variants.items(), strict=True):
             size = growing(variant)
@@ -193,23 +195,41 @@ def _plot_growth(rows: list[Row], folder: Path, plt) -> list[Path]:
                     panel.plot(
                         [row[size] for row in growth.rows], [row[key] * scale for row in growth.rows],
                         color=OWN[0] if ours else next(colours), marker=MARKERS[i % len(MARKERS)],
-                        label=f"{growth.contestant}: {size}^{exponent.text()}", linewidth=2.6 if ours else 1.2,
+                        label=f"{growth.contestant}\n∝ {size}^{exponent.text()}",
+                        linewidth=2.6 if ours else 1.2,
                     )  # fmt: skip
-                panel.set(xscale="log", yscale="log", xlabel=size, ylabel=unit)
-                ticks = sorted({row[size] for growth in grown for row in growth.rows})
-                panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-                panel.minorticks_off()
-                panel.legend(fontsize=7, frameon=False)
-        figure.suptitle(f"growth on {device}", x=0.01, ha="left")
+                panel.set_ylabel(unit)
+                _logarithmic(panel, size, {row[size] for growth in grown for row in growth.rows})
+                panel.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+        used = [row for grown in variants.values() for growth in grown for row in growth.rows]
+        _title(figure, "growth", used)
         folder.mkdir(parents=True, exist_ok=True)
         files.append(folder / f"{SCALING}-{kind}.png")
         _save(figure, files[-1], plt)
     return files
 
 
-def _curves(axis, panel: list[Row], names: list[str], key: str, scale: float) -> None:
+def _title(figure, op: str, rows: list[Row]) -> None:
+    """What, where, when, and that it was measured, above all panels."""
+    last = max(rows, key=lambda row: row["date"])
+    threads = f", {last['threads']} threads" if last["kind"] == "cpu" else ""
+    torch = last["versions"]["torch"]
+    words = f"{op}: measured on {last['device']}{threads}, torch {torch}, {last['date'][:10]}"
+    figure.suptitle(words, x=0.01, ha="left", fontsize=10)
+
+
+def _logarithmic(axis, size: str, values: Iterable[int]) -> None:
+    """Both axes by factors: below, the sizes that were measured; beside, 1, 2 and 5 of every decade."""
     from matplotlib.ticker import LogLocator
 
+    axis.set(xscale="log", yscale="log", xlabel=size)
+    axis.set_xticks(sorted(values), [f"{value:,}" for value in sorted(values)])
+    axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+
+
+def _curves(axis, panel: list[Row], names: list[str], key: str, scale: float) -> None:
     own, others = iter(OWN), iter(OTHERS)
     for i, name in enumerate(names):
         rows = sorted((row for row in panel if row["contestant"] == name), key=lambda row: row["N"])
@@ -222,12 +242,7 @@ def _curves(axis, panel: list[Row], names: list[str], key: str, scale: float) ->
             linewidth=2.6 if name.startswith(OURS) else 1.2,
             zorder=3 if name.startswith(OURS) else 2,
         )
-    sizes = sorted({row["N"] for row in panel})
-    axis.set(xscale="log", yscale="log", xlabel="rows N")
-    axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
-    axis.minorticks_off()
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    _logarithmic(axis, "rows N", {row["N"] for row in panel})
 
 
 def _bars(axis, panel: list[Row], names: list[str], key: str, scale: float) -> None:

@@ -30,10 +30,6 @@ class Case(harness.Case):
     stage: int = 2
     overrides: tuple[str, ...] = ()
 
-    @property
-    def passes(self) -> int:
-        return 2
-
     def config(self) -> Config:
         if self.preset == TINY:
             return tiny_config(small_world(folder(TINY)), f"device={self.device}", *self.overrides)

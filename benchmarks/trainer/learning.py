@@ -50,6 +50,7 @@ FAST, NAIVE = f"{OURS}, uae-fast train", "one caption at a time, own noise, no s
 SEEDS, SECONDS = (0, 1, 2), 80.0
 EVERY = 10.0  # seconds of training between measurements
 HELDOUT = 128
+LEVELS = (0.6, 0.8, 0.9)  # of the held-out reward, whose times the tables give
 
 
 def one_by_one(encoder: Any, prompt: Any, seeds: Sequence[int], **options: Any) -> Captions:
@@ -128,19 +129,37 @@ def learn(world: Path, contestant: str, seed: int, seconds: float, every: float 
     }  # fmt: skip
 
 
-def missing(rows: Sequence[Row], seeds: Sequence[int], seconds: float, commit: str | None) -> list[tuple[str, int]]:
-    """The runs that no row has yet, a seed of both ways after another."""
-    done = {(row["contestant"], row["seed"]) for row in rows if row["budget_s"] == seconds and row["commit"] == commit}
+CIRCUMSTANCES = ("budget_s", "commit", "dirty", "device", "threads")  # runs are compared where these are the same
+
+
+def missing(rows: Sequence[Row], seeds: Sequence[int], here: Row) -> list[tuple[str, int]]:
+    """The runs that no row of these circumstances has yet, a seed of both ways after another."""
+    done = {(row["contestant"], row["seed"]) for row in rows if alike(row, here)}
     return [(name, seed) for seed in seeds for name in (FAST, NAIVE) if (name, seed) not in done]
 
 
+def alike(row: Row, other: Row) -> bool:
+    return all(row.get(key) == other.get(key) for key in CIRCUMSTANCES)
+
+
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the last commit that has both ways."""
-    for row in reversed(rows):
-        same = [r for r in rows if r["commit"] == row["commit"] and r["budget_s"] == row["budget_s"]]
-        if {r["contestant"] for r in same} == {FAST, NAIVE}:
-            return same
-    return list(rows)
+    """The rows of the last circumstances under which the same seeds have run both ways; none where there are none."""
+    for last in reversed(rows):
+        runs = {(r["contestant"], r["seed"]): r for r in rows if alike(r, last)}
+        both = {seed for _, seed in runs if {(FAST, seed), (NAIVE, seed)} <= runs.keys()}
+        if both:
+            return [row for (_, seed), row in runs.items() if seed in both]
+    return []
+
+
+def reached(curve: Sequence[tuple[float, float]], level: float) -> float | None:
+    """When a curve is first at a level, between its points on a straight line; None where it never is."""
+    if curve[0][1] >= level:
+        return curve[0][0]
+    for (x, y), (after, z) in pairwise(curve):
+        if z >= level:
+            return x + (after - x) * (level - y) / (z - y)
+    return None
 
 
 def at(curve: Sequence[tuple[float, float]], seconds: float) -> float:
@@ -172,7 +191,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     axis.set_xlabel("seconds of training")
     axis.set_ylabel("reward, held-out images")
     axis.set_title(f"Stage 2, tiny preset, {rows[0]['device']}, {rows[0]['threads']} threads, measured", fontsize=10)
-    axis.legend()
+    axis.legend(loc="lower right", fontsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
 
@@ -190,7 +209,7 @@ def main() -> int:
     if not arguments.plot:
         with tempfile.TemporaryDirectory() as folder:
             world = small_world(Path(folder), scenes=512)
-            left = missing(read(file.name, arguments.rows), arguments.seeds, arguments.seconds, where["commit"])
+            left = missing(read(file.name, arguments.rows), arguments.seeds, where | {"budget_s": arguments.seconds})
             for name, seed in left:
                 row = learn(world, name, seed, arguments.seconds)
                 append(file, [row | where])

@@ -150,6 +150,10 @@ def test_rows_of_something_else_do_not_count(tmp_path, key, value):
     assert collect(tmp_path, rows_of(2, HERE | {key: value})) == [2, 1, 3]
 
 
+def test_rows_that_are_no_contest_are_passed_over(tmp_path):
+    assert collect(tmp_path, [*rows_of(2), HERE | {"op": "trainer-learning", "contestant": OURS, "seed": 0}]) == [1, 3]
+
+
 def test_everything_runs_if_asked_to_or_if_the_tree_is_changed(tmp_path):
     assert collect(tmp_path, rows_of(2), again=True) == [2, 1, 3]
     changed = HERE | {"dirty": True}
@@ -202,7 +206,7 @@ def test_two_runs_are_compared():
     older = [timed(OURS, 10.0, date="0"), timed("a", 1.0, date="0")]
     assert run.repeated(before) == []
     first, second = run.repeated(older + before + after)
-    assert first == "verdicts of the last two runs agree for 1 of 2 rivals"
+    assert first.startswith("verdicts of the last two runs (commit unknown) agree for 1 of 2 rivals; 0 differ")
     assert second.endswith("b: slower, then faster")
 
 

@@ -123,10 +123,10 @@ def test_a_learning_run_ends_with_its_time_and_goes_on_where_it_is_missing(world
     }
     assert row["steps"] == len(row["training"]) == 1
     assert [len(point) for point in row["heldout"]] == [2, 2] and row["heldout"][0][0] == 0.0
-    assert learning.missing([row], [0, 1], 0.01, "c") == [
+    assert learning.missing([row], [0, 1], row) == [
         (learning.NAIVE, 0), (learning.FAST, 1), (learning.NAIVE, 1),
     ]  # fmt: skip
-    assert len(learning.missing([row], [0], 0.01, "another")) == 2
+    assert len(learning.missing([row], [0], row | {"commit": "another"})) == 2
     other = row | {"contestant": learning.NAIVE}
     assert learning.newest([row, other, row | {"commit": "later"}]) == [row, other]
     learning.plot([row, other], tmp_path / "plot.png")

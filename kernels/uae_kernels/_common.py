@@ -1,11 +1,12 @@
 """What the ops share: result types, the dtype rule, dispatch, and how numbers reach a custom op."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class GRPOLoss(NamedTuple):
@@ -44,14 +45,39 @@ def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def pack_head(temperature: float, softcap: float | None, logit_scale: float) -> Tensor:
-    """What turns h·Wᵀ into scores, as one fp64 CPU tensor; no softcap is 0.
+def direct(
+    op: Any, setup_context: Callable[..., None] | None = None, backward: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """`op`, but past the dispatcher where nobody is listening: it takes longer than a small op's arithmetic on a CPU.
 
-    A float in an op's schema would make torch.compile specialise on its value; tensor × number is the form it
-    keeps symbolic. A CPU tensor is read inside the op without a device synchronisation.
+    torch.compile, fake and meta tensors, tensor subclasses and other devices get the op itself.
+
+    Args:
+        op: a custom op.
+        setup_context, backward: what its `register_autograd` was given; None for an op that has no gradient.
     """
-    one = torch.ones((), dtype=torch.float64, device="cpu")
-    return torch.stack([one * value for value in (temperature, softcap or 0.0, logit_scale)])
+    plain = torch.Tensor, torch.nn.Parameter
+    function: Any = None
+    if setup_context is not None and backward is not None:
+        parts = {"forward": op._init_fn, "setup_context": setup_context, "backward": once_differentiable(backward)}
+        function = type("Direct", (torch.autograd.Function,), {k: staticmethod(f) for k, f in parts.items()})
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*inputs)
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if not all(type(x) in plain and x.device.type == "cpu" for x in tensors):
+            return op(*inputs)
+        if function is not None and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return function.apply(*inputs)
+        return op._init_fn(*inputs)
+
+    return call
+
+
+def pack_head(temperature: float, softcap: float | None, logit_scale: float) -> Tensor:
+    """What turns h·Wᵀ into scores; no softcap is 0."""
+    return pack(temperature, softcap or 0.0, logit_scale)
 
 
 def unpack_head(packed: Tensor) -> tuple[float, float | None, float]:
@@ -60,7 +86,11 @@ def unpack_head(packed: Tensor) -> tuple[float, float | None, float]:
 
 
 def pack(*numbers: float | None) -> Tensor:
-    """Numbers as one fp64 CPU tensor, None as NaN; see `pack_head`."""
+    """Numbers as one fp64 CPU tensor, None as NaN.
+
+    A float in an op's schema would make torch.compile specialise on its value; tensor × number is the form it
+    keeps symbolic. A CPU tensor is read inside the op without a device synchronisation.
+    """
     values = [math.nan if value is None else value for value in numbers]
     if not torch.compiler.is_compiling():
         return torch.tensor(values, dtype=torch.float64, device="cpu")
@@ -93,12 +123,12 @@ def number(value: float, like: Tensor) -> Tensor:
 
 def per_sample(value: float | Tensor, like: Tensor) -> Tensor:
     """A number, a 0-d tensor or a (B,) tensor as a (B,) tensor of `like`'s compute dtype on its device."""
-    ones = torch.ones(like.shape[0], dtype=compute_dtype(like), device=like.device)
-    if isinstance(value, Tensor):
-        if value.dim() and value.shape != ones.shape:
-            raise ValueError(f"expected a scalar or shape {tuple(ones.shape)}, got {tuple(value.shape)}")
-        value = value.to(ones)
-    return ones * value
+    rows, dtype = like.shape[:1], compute_dtype(like)
+    if not isinstance(value, Tensor):
+        return torch.ones(rows, dtype=dtype, device=like.device) * value
+    if value.dim() and value.shape != rows:
+        raise ValueError(f"expected a scalar or shape {tuple(rows)}, got {tuple(value.shape)}")
+    return value.to(like.device, dtype).expand(rows)
 
 
 def row_sum(x: Tensor) -> Tensor:
@@ -107,5 +137,6 @@ def row_sum(x: Tensor) -> Tensor:
     One long sum with a single result would be split over threads; sums of 1,024 never are.
     """
     rows, n = x.shape
-    x = torch.nn.functional.pad(x, (0, -n % 1024))
+    if n % 1024:
+        x = torch.nn.functional.pad(x, (0, -n % 1024))
     return x.reshape(rows, x.shape[1] // 1024, 1024).sum(-1).sum(-1)

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import compute_dtype, per_sample, unpack
+from ._common import compute_dtype, direct, per_sample, unpack
 from ._triton import jit, launch, narrow, tl
-from .reference.flow_step import guided, transition
+from .reference.flow_step import coefficients, guided
 
 BLOCK = 1024  # elements of a sample that a program handles at a time
 BLOCKS = 4  # times it does
@@ -48,7 +48,7 @@ def _sigma(x, x_b, number, i):
 
 @jit()
 def _coefficients(sigma, sigma_next, sigma_max, level, cosine, KIND: tl.constexpr):
-    """mean = a·x + b·v, std and diffusion coefficient s of a sample: `reference.flow_step.transition`.
+    """mean = a·x + b·v, std and diffusion coefficient s of a sample: `reference.flow_step.coefficients`.
 
     `level` is the noise level; for cps, with θ = noise level·π/2, it is sin θ, and `cosine` is cos θ.
     """
@@ -403,53 +403,60 @@ def launch_forward(
 
 def _backward_torch(
     step: Step,
+    needs: tuple[bool, ...],
     grad_mean: Tensor | None,
     grad_next: Tensor | None,
     grad_rows: Tensor | None,
     grad: Tensor | None,
     slopes: Tensor | None,
     divisor: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The kernel's steps on whole tensors."""
-    n, x = step.numbers, step.sample
-    dtype = compute_dtype(step.velocity, x)
+    n, x, v_u = step.numbers, step.sample, step.velocity_uncond
+    dtype, size = compute_dtype(step.velocity, x), x.shape[1:].numel()
 
     def column(y: Tensor) -> Tensor:
         return y.to(dtype).view(-1, *[1] * (x.dim() - 1))
 
-    def move(v: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return transition(v, x, sigma, sigma_next, sigma_max, step.kind, n.noise_level)
-
-    sigma, sigma_next, sigma_max = (per_sample(value, x) for value in step.sigmas())
-    zero = column(torch.zeros(len(x), device=x.device))
-    (a, std, s), (b, _, _) = move(zero, zero + 1), move(zero + 1, zero)
-    d_mean = d_guided = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    for y in (grad_mean, grad_next):
-        d_mean = d_mean if y is None else d_mean + y
-    of_row = zero if grad_rows is None else column(grad_rows)
-    if grad is not None and divisor is not None:
-        of_row = of_row + grad / divisor
+    a, b, std, s = coefficients((column(per_sample(value, x)) for value in step.sigmas()), step.kind, n.noise_level)
+    d_mean = d_guided = None
     if step.next_sample is not None and (grad is not None or grad_rows is not None):
+        of_row = torch.zeros_like(std) if grad_rows is None else column(grad_rows)
+        if grad is not None and divisor is not None:
+            of_row = of_row + grad / divisor
         pull = of_row if slopes is None else of_row * column(slopes)
-        size, exact = x.shape[1:].numel(), std == 0
         if step.log_prob == "cps":
-            pull = 2 * pull / size
+            pull = pull * (2 / size)
         else:
+            exact = std == 0
             pull = torch.where(exact, 0, pull / (size * torch.where(exact, 1, std).square()))
-        mean, _, _ = move(guided(step.velocity, step.velocity_uncond, n.guidance_scale, dtype), x.to(dtype))
-        d_mean = d_mean + pull * (step.next_sample.to(dtype) - mean)
-        if step.ref_velocity is not None:
-            d = 2 * n.beta / size * of_row * (step.velocity.to(dtype) - step.ref_velocity)
-            if step.velocity_uncond is not None:
-                d = d * n.guidance_scale
+        mean = torch.addcmul(a * x.to(dtype), b, guided(step.velocity, v_u, n.guidance_scale, dtype))
+        d_mean = torch.sub(step.next_sample, mean, out=mean).mul_(pull)
+        if step.ref_velocity is not None and n.beta != 0:
+            g = 2 * n.beta / size * (1 if v_u is None else n.guidance_scale)
+            d = (step.velocity.to(dtype) - step.ref_velocity.to(dtype)).mul_(of_row * g)
             if step.kl == "velocity":
                 d_guided = d
             else:
                 width = std if step.kl == "gaussian" else s
-                d_mean = d_mean + torch.where(width == 0, 0, b * d / (2 * torch.where(width == 0, 1, width).square()))
-    d_guided = d_guided + b * d_mean
-    guide = 1 if step.velocity_uncond is None else n.guidance_scale
-    return guide * d_guided, (1 - guide) * d_guided, a * d_mean
+                exact = width == 0
+                d_mean.addcmul_(d, torch.where(exact, 0, b / (2 * torch.where(exact, 1, width).square())))
+    for y in (grad_mean, grad_next):
+        if y is not None:
+            d_mean = y if d_mean is None else d_mean + y
+    if d_mean is None:
+        d_mean = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    guide = 1 if v_u is None else n.guidance_scale
+    grads = []
+    for like, need, factor in zip(step[:3], needs, (guide, 1 - guide, None), strict=True):
+        if like is None or not need:
+            d = x.new_empty(0)
+        elif factor is None:
+            d = d_mean * a
+        else:
+            d = d_mean * (factor * b) if d_guided is None else (d_mean * b).add_(d_guided).mul_(factor)
+        grads.append(d.to(x.dtype if like is None else like.dtype).contiguous())
+    return tuple(grads)
 
 
 @torch.library.custom_op(
@@ -462,22 +469,22 @@ def _backward(*inputs):
     """Gradients of velocity, velocity_uncond and sample; see `_backward_kernel`."""
     grad_mean, grad_next, grad_rows, grad, slopes, divisor = inputs[:6]
     step, needs = Step(*inputs[6:-3]), inputs[-3:]
+    if not step.triton:
+        return _backward_torch(step, needs, *inputs[:6])
     grads = step.gradients(needs)
-    if step.triton:
-        programs, first, others, options = _arguments(step, grad_mean, grad_next)
-        launch(
-            _backward_kernel, (programs,), *first, *others,
-            grad_rows, 0 if grad_rows is None else grad_rows.stride(0), grad, divisor, slopes,
-            *(g if need else None for g, need in zip(grads, needs, strict=True)), step.numbers.beta,
-            FORM=step.log_prob, **options,
-        )  # fmt: skip
-    else:
-        for memory, value, need in zip(grads, _backward_torch(step, *inputs[:6]), needs, strict=True):
-            if need:
-                memory.copy_(value)
+    programs, first, others, options = _arguments(step, grad_mean, grad_next)
+    launch(
+        _backward_kernel, (programs,), *first, *others,
+        grad_rows, 0 if grad_rows is None else grad_rows.stride(0), grad, divisor, slopes,
+        *(g if need else None for g, need in zip(grads, needs, strict=True)), step.numbers.beta,
+        FORM=step.log_prob, **options,
+    )  # fmt: skip
     return grads
 
 
 @_backward.register_fake
 def _(*inputs):
     return Step(*inputs[6:-3]).gradients(inputs[-3:])
+
+
+_direct_backward = direct(_backward)

@@ -84,10 +84,12 @@ class _Head:
         slope = z.square().neg_().add_(1)
         return z.mul_(self.softcap / self.temperature), slope
 
-    def accumulate(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """out += a·b."""
+    def accumulate(self, a: Tensor, b: Tensor, out: Tensor, first: bool = False) -> None:
+        """out += a·b, or out = a·b where it is the `first`."""
         if out.dtype == b.dtype:
-            torch.addmm(out, a, b, out=out)
+            torch.addmm(out, a, b, beta=0 if first else 1, out=out)
+        elif first:
+            torch.ops.aten.mm.dtype_out(a.to(b.dtype), b, out.dtype, out=out)
         else:
             torch.ops.aten.addmm.dtype_out(out, a.to(b.dtype), b, out.dtype, out=out)
 
@@ -262,10 +264,13 @@ def backward(
     # Rows that fill up or do not count: with a log Σ e^z of +inf their p is 0, with a hidden state of 0 they
     # add 0 to dW whatever they held.
     hidden = torch.where(scored[:, None], hidden, 0)
+    own, grad, grad_entropy = (x * head.scale for x in (own, grad, grad_entropy))
     inputs = (targets, 0), (own, 0), (grad, 0), (grad_entropy, 0), (lse, torch.inf), (entropy, 0)
     columns = [[column(x, rows, unscored) for x, unscored in inputs] for rows in tiles]
     for start, stop, chunk in head.chunks():
-        d_chunk = chunk.new_zeros(chunk.shape, dtype=head.dtype) if need_weight else None
+        d_rows = d_weight[start:stop]
+        in_place = d_rows.dtype == head.dtype and d_rows.shape == chunk.shape
+        d_chunk = d_rows if in_place else chunk.new_empty(chunk.shape if need_weight else 0, dtype=head.dtype)
         for i, rows in enumerate(tiles):
             tile = head.gather(hidden, rows)
             target, g_target, g, g_entropy, lse_row, entropy_row = columns[i]
@@ -280,15 +285,18 @@ def backward(
             inside = (target >= start) & (target < stop)
             index = (target - start).clamp_(0, stop - start - 1)
             dz.scatter_(1, index, torch.where(inside, g_target, dz.gather(1, index)))
-            dz.mul_(head.scale if slope is None else slope.mul_(head.scale))
+            if slope is not None:
+                dz.mul_(slope)
             if need_bias:
                 d_bias[start:stop] += dz.sum(0)[: stop - start]
             if need_hidden:
                 head.accumulate(dz, chunk, sums[i])
-            if d_chunk is not None:
-                head.accumulate(dz.T, tile, d_chunk)
-        if d_chunk is not None:
-            d_weight[start:stop] = d_chunk[: stop - start, : weight.shape[1]]
+            if need_weight:
+                head.accumulate(dz.T, tile, d_chunk, first=i == 0)
+        if need_weight and not tiles:
+            d_rows.zero_()
+        elif need_weight and not in_place:
+            d_rows.copy_(d_chunk[: stop - start, : weight.shape[1]])
     if need_hidden:
         for rows, total in zip(tiles, sums, strict=True):
             d_hidden[rows] = total[: len(rows), : hidden.shape[1]].to(hidden.dtype)

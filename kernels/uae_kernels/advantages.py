@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import compute_dtype, pack, unpack
+from . import reference
+from ._common import compute_dtype, direct, pack, unpack
 from ._triton import fp64, jit, launch, tl, use_triton
 from .reference.advantages import _group_statistics, _statistics, check_arguments, weight_row
 
@@ -345,6 +346,20 @@ def _forward(
     dtype = compute_dtype(rewards)
     if not len(rewards):
         return rewards.new_empty(0, dtype=dtype)
+    if not triton:
+        eps, clip, *listed = unpack(packed)
+        return reference.group_advantages(
+            rewards,
+            group_size,
+            group_ids=group_ids,
+            reward_weights=listed or None if weights is None else weights,
+            aggregation=aggregation,
+            scale=scale,
+            unbiased=unbiased,
+            eps=eps,
+            leave_one_out=leave_one_out,
+            clip=clip,
+        )
     table, weights, clip, groups, whole = _prepared(
         rewards, group_ids, weights, packed, group_size, scale, unbiased, leave_one_out, triton
     )
@@ -406,10 +421,11 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad):
     options = ctx.group_size, ctx.aggregation, ctx.scale, ctx.unbiased, ctx.leave_one_out, ctx.triton
-    return _backward(grad, *ctx.saved_tensors, *options), *(None,) * 9
+    return (_backward if ctx.triton else _direct_backward)(grad, *ctx.saved_tensors, *options), *(None,) * 9
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_direct, _direct_backward = direct(_forward, _setup_context, _autograd), direct(_backward)
 
 
 def group_advantages(
@@ -462,7 +478,7 @@ def group_advantages(
     check_arguments(rewards, group_size, group_ids, reward_weights, aggregation, scale, leave_one_out)
     triton = use_triton("group_advantages", impl, rewards, fp64(rewards))
     weights, listed = (reward_weights, ()) if isinstance(reward_weights, Tensor) else (None, reward_weights or ())
-    return _forward(
+    return (_forward if triton else _direct)(
         rewards,
         group_ids,
         weights,

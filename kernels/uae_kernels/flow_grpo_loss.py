@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import GRPOLoss, pack
-from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, as_arguments, launch_forward
+from ._common import GRPOLoss, direct, pack
+from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, _direct_backward, as_arguments, launch_forward
 from ._triton import fp64, jit, launch, tl, use_triton
-from .reference.flow_grpo_loss import METRICS, check_loss
+from .reference.flow_grpo_loss import METRICS, check_loss, surrogates
 from .reference.flow_step import NOISE_LEVEL, check_step
 from .reference.grpo_loss import MAX_EXPONENT
 
@@ -124,14 +124,8 @@ def _forward_torch(
         normalizer=n.normalizer if normalizer is None else normalizer,
     )
     # ∂L/∂log π, as autograd has it: at a bound, where both sides are equal, the slope is that of r itself.
-    a = advantages.to(out.loss.dtype)
-    if n.advantage_clip is not None:
-        a = a.clamp(-n.advantage_clip, n.advantage_clip)
-    low, high = 1 - n.clip_range, 1 + n.clip_range
-    log_ratio = out.logprobs - old_log_prob.to(out.loss.dtype)
-    ratio = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
-    moves = ((ratio >= low) & (ratio <= high)) | (-a * ratio > -a * ratio.clamp(low, high))
-    slopes = torch.where(moves & (log_ratio.abs() <= MAX_EXPONENT), -a * ratio, 0)
+    a, log_ratio, _, free, clipped = surrogates(out.logprobs, old_log_prob, advantages, n.clip_range, n.advantage_clip)
+    slopes = torch.where((free >= clipped) & (log_ratio.abs() <= MAX_EXPONENT), free, 0)
     count: Any = normalizer if normalizer is not None else n.normalizer
     divisor = out.loss.new_ones(()) * (max(len(a), 1) if count is None else count)
     return out.loss, out.per_token, torch.stack(list(out.metrics.values())), out.logprobs, slopes, divisor
@@ -165,11 +159,13 @@ def _autograd(ctx, grad, grad_per_sample, *_):
     needs = ctx.needs_input_grad[:3]
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad is not None or grad_per_sample is not None:
-        grads = _backward(None, None, grad_per_sample, grad, slopes, divisor, *tensors, *ctx.options, *needs)
+        backward = _backward if ctx.options[-1] else _direct_backward  # by Triton
+        grads = backward(None, None, grad_per_sample, grad, slopes, divisor, *tensors, *ctx.options, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * INPUTS
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_direct = direct(_forward, _setup_context, _autograd)
 
 
 def flow_grpo_loss(
@@ -233,7 +229,7 @@ def flow_grpo_loss(
     noise_level = NOISE_LEVEL[kind] if noise_level is None else noise_level
     divisor, count = (normalizer.to(sample.device), None) if isinstance(normalizer, Tensor) else (None, normalizer)
     sigmas, levels = as_arguments(sample, sigma, sigma_next, sigma_next if sigma_max is None else sigma_max)
-    loss, per_sample, metrics, logprobs, _, _ = _forward(
+    loss, per_sample, metrics, logprobs, _, _ = (_forward if triton else _direct)(
         velocity,
         velocity_uncond,
         sample,

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import FlowStep, compute_dtype, pack
-from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, as_arguments, launch_forward
+from ._common import FlowStep, compute_dtype, direct, pack
+from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, _direct_backward, as_arguments, launch_forward
 from ._triton import fp64, use_triton
 from .reference.flow_step import NOISE_LEVEL, check_noise, check_step, seed_keys
 
@@ -82,11 +82,13 @@ def _autograd(ctx, grad_next, grad_log_prob, grad_mean, _):
     given = grad_mean, grad_next if ctx.drawn else None, grad_log_prob, None, None, None
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if any(g is not None for g in given):
-        grads = _backward(*given, *ctx.saved_tensors, *ctx.options, *needs)
+        backward = _backward if ctx.options[-1] else _direct_backward  # by Triton
+        grads = backward(*given, *ctx.saved_tensors, *ctx.options, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * INPUTS
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_direct = direct(_forward, _setup_context, _autograd)
 
 
 def flow_step(
@@ -163,7 +165,7 @@ def flow_step(
         else:
             keys = seed_keys(seed, sample)
     sigmas, levels = as_arguments(sample, sigma, sigma_next, sigma_next if sigma_max is None else sigma_max)
-    drawn, logp, mean, std = _forward(
+    drawn, logp, mean, std = (_forward if triton else _direct)(
         velocity,
         velocity_uncond,
         sample,

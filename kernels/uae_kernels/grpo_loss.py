@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import GRPOLoss, compute_dtype, pack, unpack
+from ._common import GRPOLoss, compute_dtype, direct, pack, unpack
 from ._triton import fp64, jit, launch, narrow, tl, use_triton
 from .reference.grpo_loss import (
     CLIPPED,
@@ -24,8 +24,11 @@ from .reference.grpo_loss import (
     check_arguments,
     check_needs,
     entropy_cut,
+    kept_tokens,
     sampler_correction,
+    shares,
     vespo_weight,
+    zero_std_fraction,
 )
 
 BLOCK = 1024  # tokens of a sequence at a time
@@ -418,17 +421,19 @@ class Inputs(NamedTuple):
     importance_level: str
     kl_estimator: str
     importance_mode: str
+    graph: bool  # whether a gradient may be asked for
     triton: bool
 
     def keep(self) -> Tensor:
         """(B, T), True where a token counts."""
-        return torch.ones_like(self.logprobs, dtype=torch.bool) if self.mask is None else self.mask != 0
+        return kept_tokens(self.logprobs, self.mask)
 
 
 SCHEMA = """
     Tensor logprobs, Tensor? entropies, Tensor? advantages, Tensor? rewards, Tensor? mask, Tensor? old_logprobs,
     Tensor? ref_logprobs, Tensor? sampling_logprobs, Tensor? normalizer, Tensor packed, SymInt? group_size,
-    SymInt? max_length, str loss_type, str importance_level, str kl_estimator, str importance_mode, bool triton
+    SymInt? max_length, str loss_type, str importance_level, str kl_estimator, str importance_mode, bool graph,
+    bool triton
 """
 
 
@@ -541,134 +546,173 @@ def _forward_triton(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _forward_torch(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = Numbers(*unpack(x.packed))
-    out = reference.grpo_loss(
-        x.logprobs,
-        x.advantages,
-        rewards=x.rewards,
-        group_size=x.group_size,
-        mask=x.mask,
-        old_logprobs=x.old_logprobs,
-        ref_logprobs=x.ref_logprobs,
-        sampling_logprobs=x.sampling_logprobs,
-        entropies=x.entropies,
-        loss_type=x.loss_type,
-        importance_level=x.importance_level,
-        clip_low=n.clip_low,
-        clip_high=n.clip_high,
-        delta=n.delta,
-        beta=n.beta,
-        kl_estimator=x.kl_estimator,
-        sapo_temperature=(n.tau_positive, n.tau_other),
-        vespo=(n.k_positive, n.lam_positive, n.k_negative, n.lam_negative),
-        importance_mode=x.importance_mode,
-        importance_floor=n.floor,
-        importance_cap=n.cap,
-        off_policy_threshold=n.threshold,
-        entropy_quantile=n.quantile,
-        entropy_coef=n.coef,
-        normalizer=n.normalizer if x.normalizer is None else x.normalizer,
-        max_length=x.max_length,
-    )
-    return out.loss, out.per_token.contiguous(), torch.stack(list(out.metrics.values())), out.loss.new_empty(0)
+    """The definition in fewer passes, and with a graph the slopes of `per_token` in log π that backward scales.
 
-
-def _backward_torch(x: Inputs, grad: Tensor | None, grad_per_token: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The derivatives of the definition, in closed form and in the kernel's steps."""
-    n = Numbers(*unpack(x.packed))
-    dtype = compute_dtype(x.logprobs)
-    m = x.keep()
+    Slopes are (1, B, T), or for ratios of sequences (2, B, T): in the mean log-ratio, and in the token itself.
+    """
+    n, dtype = Numbers(*unpack(x.packed)), compute_dtype(x.logprobs)
+    shape, m = x.logprobs.shape, x.keep()
     tokens = m.sum(1, keepdim=True)
     length = tokens.clamp(min=1)
 
-    def unmasked(y: Tensor) -> Tensor:
-        return torch.where(m, y.to(dtype), 0)
-
     def floored(y: Tensor) -> Tensor:
-        return unmasked(y).clamp(min=MIN_LOGPROB)
+        return torch.where(m, y.to(dtype), 0).clamp_(min=MIN_LOGPROB)
 
     a = x.advantages
     if a is None:
         assert x.rewards is not None
         a = reference.group_advantages(x.rewards, x.group_size)
-    a = a.to(dtype)[:, None].expand_as(m) if a.dim() == 1 else unmasked(a)
+    a = a.to(dtype)
+    zero_std = zero_std_fraction(a, m, x.group_size)
+    a = torch.where(tokens > 0, a[:, None], 0) if a.dim() == 1 else torch.where(m, a, 0)
+
     logp = floored(x.logprobs)
     old = logp if x.old_logprobs is None else floored(x.old_logprobs)
     level = log_ratio = logp - old
     if x.importance_level == "sequence":
-        level = (log_ratio.sum(1, keepdim=True) / length).expand_as(m)
-    ratio = level.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+        level = log_ratio.sum(1, keepdim=True) / length
+    near = level.clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    ratio = near.exp()
 
-    rho, sampler = torch.ones_like(logp), old
+    rho, sampler = None, old
     if x.sampling_logprobs is not None:
         sampler = floored(x.sampling_logprobs)
         sampler = torch.where(sampler.isnan(), old, sampler)
         rho = sampler_correction(old - sampler, m, x.importance_mode, n.floor, n.cap)
-    kept, chosen, cut = torch.ones_like(m), m, _cut(x, n.quantile)
+
+    # Each token's loss, and its slopes in r and in log π
+    d_ratio = d_logp = low = high = None
+    if x.loss_type in CLIPPED:
+        low, high = ratio < 1 - n.clip_low, ratio > 1 + n.clip_high
+        free = (ratio if n.delta == math.inf else ratio.clamp(max=n.delta)) * a
+        clipped = ratio.clamp(1 - n.clip_low, 1 + n.clip_high) * a
+        value = torch.minimum(free, clipped).neg_()
+        if x.graph:
+            # As autograd has it: a tie's gradient goes to both sides by halves, and at a bound the slope is 1.
+            if n.delta == math.inf:
+                d_ratio = torch.where(free <= clipped, -a, 0)
+            else:
+                to_free = torch.where(free == clipped, 0.5, (free < clipped).to(dtype))
+                d_ratio = torch.where(ratio <= n.delta, to_free, 0) + torch.where(low | high, 0, 1 - to_free)
+                d_ratio = d_ratio * -a
+    elif x.loss_type == "cispo":
+        high = ratio > n.clip_high
+        d_logp = ratio.clamp(max=n.clip_high) * -a
+        value = d_logp * logp
+    elif x.loss_type == "sapo":
+        tau = torch.full_like(a, n.tau_other).masked_fill_(a > 0, n.tau_positive)
+        gate = torch.sigmoid(tau * (ratio - 1))
+        value, d_ratio = gate * (-4 / tau * a), gate * (1 - gate) * (-4 * a)
+    else:
+        vespo = n.k_positive, n.lam_positive, n.k_negative, n.lam_negative
+        d_logp = vespo_weight(log_ratio, torch.ones_like(logp) if rho is None else rho, a, vespo) * -a
+        value, rho = d_logp * logp, None
+
+    kept, chosen, cut = None, m, _cut(x, n.quantile)
     if n.threshold is not None:
-        kept = ~((a < 0) & ((sampler - logp).sum(1, keepdim=True) / length > n.threshold))
+        kept = (a >= 0) | ((sampler - logp).sum(1, keepdim=True) / length <= n.threshold)
     if x.entropies is not None and cut is not None:
         chosen = m & (x.entropies.to(dtype) >= cut)
-        kept = kept & chosen
+        kept = chosen if kept is None else kept & chosen
 
-    # What reaches each token's loss: g in all, kept_g past the masks and the sampler's correction
-    g = torch.zeros_like(logp)
-    if grad is not None:
-        count = n.normalizer if x.normalizer is None else x.normalizer
-        if count is None:
-            count = tokens.sum() if x.loss_type in OVER_TOKENS else len(m)
-        each = grad / (count.clamp(min=1).to(dtype) if isinstance(count, Tensor) else max(count, 1))
-        if x.loss_type in ("grpo", "sapo"):
-            each = each / length
-        elif x.loss_type == "dr_grpo":
-            each = each / (max(m.shape[1], 1) if x.max_length is None else x.max_length)
-        if x.loss_type == "luspo_legacy":
-            g = g + each / max(m.shape[1], 1) * tokens
-        else:
-            g = torch.where(m, each, 0)
-    if grad_per_token is not None:
-        g = g + unmasked(grad_per_token)
-    kept_g = torch.where(kept, g if x.loss_type == "vespo" else g * rho, 0)
+    def weighed(y: Tensor | None) -> Any:
+        if y is None:
+            return None
+        y = y if kept is None else torch.where(kept, y, 0)
+        return y if rho is None else y * rho
 
-    d_ratio = d_logp = torch.zeros_like(logp)
-    if x.loss_type in CLIPPED:
-        low, high = 1 - n.clip_low, 1 + n.clip_high
-        free, clipped = ratio.clamp(max=n.delta) * a, ratio.clamp(low, high) * a
-        # As autograd has it: a tie's gradient goes to both sides by halves, and at a bound the slope is 1.
-        to_free = torch.where(free == clipped, 0.5, torch.where(free > clipped, 0.0, 1.0)).to(dtype)
-        d_ratio = -torch.where(ratio <= n.delta, to_free * a, 0)
-        d_ratio = d_ratio - torch.where((ratio >= low) & (ratio <= high), (1 - to_free) * a, 0)
-    elif x.loss_type == "cispo":
-        d_logp = -ratio.clamp(max=n.clip_high) * a
-    elif x.loss_type == "sapo":
-        tau = torch.full_like(a, n.tau_other).masked_fill(a > 0, n.tau_positive)
-        gate = torch.sigmoid(tau * (ratio - 1))
-        d_ratio = -4 * gate * (1 - gate) * a
-    else:
-        d_logp = -vespo_weight(log_ratio, rho, a, (n.k_positive, n.lam_positive, n.k_negative, n.lam_negative)) * a
-    d_ratio, d_logp = kept_g * d_ratio, kept_g * d_logp
+    value, d_ratio, d_logp = weighed(value), weighed(d_ratio), weighed(d_logp)
+    kl = None
     if x.ref_logprobs is not None:
         y = floored(x.ref_logprobs) - logp  # the x of the estimators
-        g = g * n.beta
         if x.kl_estimator == "k1":
-            d_logp = d_logp + g
+            kl, d_kl = -y, torch.full_like(y, -1).neg_()
         elif x.kl_estimator == "k2":
-            d_logp = d_logp - g * y
+            kl, d_kl = 0.5 * y.square(), -y
         else:
-            near = y.clamp(max=MAX_EXPONENT)
+            bounded = y.clamp(max=MAX_EXPONENT)
+            d_kl = torch.expm1(bounded)
+            kl = d_kl - bounded
+            d_kl = d_kl.masked_fill_(y != bounded, 0).neg_() if x.graph else d_kl
             if x.kl_estimator == "k3_importance":
-                d_ratio = d_ratio + g * (near.exp() - near - 1)
-                g = g * ratio
-            d_logp = d_logp + g * torch.where(y <= MAX_EXPONENT, 1 - near.exp(), 0)
+                d_ratio = _plus(d_ratio, n.beta * kl)
+                kl, d_kl = kl * ratio, d_kl * ratio
+        value = value + n.beta * kl
+        d_logp = _plus(d_logp, n.beta * d_kl)
 
-    d_level = torch.where(level.abs() <= MAX_EXPONENT, d_ratio * ratio, 0)
-    if x.importance_level == "sequence":
-        d_level = d_level.sum(1, keepdim=True) / length
-    d_logprobs = torch.where(m & (unmasked(x.logprobs) >= MIN_LOGPROB), d_level + d_logp, 0)
-    d_entropies = torch.zeros_like(logp)
+    value = value.expand(shape)
+    per_token = torch.where(m, value, 0)
+    sums = (value if x.loss_type == "luspo_legacy" else per_token).sum(1, keepdim=True)
+    normalizer = n.normalizer if x.normalizer is None else x.normalizer
+    loss = (sums * shares(tokens, x.loss_type, normalizer, shape[1], x.max_length, sums)).sum()
+    if x.entropies is not None:
+        loss = loss - n.coef * (torch.where(chosen, x.entropies.to(dtype), 0).sum() / chosen.sum().clamp(min=1))
+
+    counted, nothing = torch.where(m, ratio, 0), loss.new_zeros(())
+    of_tokens = (
+        nothing if kl is None else kl.sum(),  # 0 where masked
+        counted.sum(),
+        nothing if low is None else (low & ((a < 0) & m)).sum().to(dtype),
+        nothing if high is None else (high & ((a > 0) & m)).sum().to(dtype),
+    )
+    kl_mean, ratio_mean, *fractions = (torch.stack(of_tokens) / tokens.sum().clamp(min=1)).unbind()
+    largest = counted.amax() if counted.numel() else nothing
+    metrics = torch.stack([kl_mean, ratio_mean, largest, *fractions, zero_std])
+    return loss, per_token, metrics, _slopes(x, m, d_ratio, d_logp, torch.where(level == near, ratio, 0))
+
+
+def _plus(x: Tensor | None, y: Tensor) -> Tensor:
+    return y if x is None else x + y
+
+
+def _moves(x: Inputs, m: Tensor) -> Tensor:
+    """Where the loss sees log π itself, not the floor below it."""
+    return m & (x.logprobs >= MIN_LOGPROB)
+
+
+def _slopes(x: Inputs, m: Tensor, d_ratio: Tensor | None, d_logp: Tensor | None, d_level: Tensor) -> Tensor:
+    """What `_forward_torch` saves, 0 where no gradient may come from; `d_level` is the slope of r in the log-ratio."""
+    if not x.graph:
+        return d_level.new_empty(0)
+    sequences = x.importance_level == "sequence"
+    through = None if d_ratio is None else d_ratio * d_level
+    if sequences:
+        slopes = d_level.new_zeros(2, *m.shape)
+        if through is not None:
+            slopes[0] = through if x.loss_type == "luspo_legacy" else torch.where(m, through, 0)
+        if d_logp is not None:
+            slopes[1] = torch.where(_moves(x, m), d_logp, 0)
+        return slopes
+    both = [y for y in (through, d_logp) if y is not None]
+    return torch.where(_moves(x, m), both[0] + both[1] if len(both) == 2 else both[0], 0)[None]
+
+
+def _backward_torch(
+    x: Inputs, needs: tuple[bool, ...], slopes: Tensor, grad: Tensor | None, grad_per_token: Tensor | None
+) -> tuple[Tensor, ...]:
+    n, dtype = Numbers(*unpack(x.packed)), compute_dtype(x.logprobs)
+    m = x.keep()
+    tokens = m.sum(1, keepdim=True)
+    # What reaches each token's loss
+    g = torch.zeros_like(tokens, dtype=dtype)
     if grad is not None:
-        d_entropies = torch.where(chosen, -n.coef * grad / chosen.sum().clamp(min=1), 0)
-    return d_logprobs, d_entropies
+        normalizer = n.normalizer if x.normalizer is None else x.normalizer
+        g = grad * shares(tokens, x.loss_type, normalizer, m.shape[1], x.max_length, g)
+    if grad_per_token is not None:
+        g = g + torch.where(m, grad_per_token.to(dtype), 0)
+    grads = [x.logprobs.new_empty(0) for _ in needs]
+    if needs[0]:
+        d = slopes[-1] * g
+        if x.importance_level == "sequence":
+            d_level = (slopes[0] * g).sum(1, keepdim=True) / tokens.clamp(min=1)
+            d = d + torch.where(_moves(x, m), d_level, 0)
+        grads[0] = d.to(x.logprobs.dtype)
+    if needs[1] and x.entropies is not None:
+        cut = _cut(x, n.quantile)
+        chosen = m if cut is None else m & (x.entropies.to(dtype) >= cut)
+        each = m.new_zeros((), dtype=dtype) if grad is None else -n.coef * grad / chosen.sum().clamp(min=1)
+        grads[1] = torch.where(chosen, each, 0).to(x.entropies.dtype)
+    return tuple(grads)
 
 
 @torch.library.custom_op(
@@ -683,7 +727,10 @@ def _forward(*inputs):
 @_forward.register_fake
 def _(*inputs):
     x = Inputs(*inputs)
-    shapes = (), x.logprobs.shape, len(METRICS), STATE if x.triton else 0
+    state: Any = STATE if x.triton else 0
+    if x.graph and not x.triton:
+        state = 1 + (x.importance_level == "sequence"), *x.logprobs.shape
+    shapes = (), x.logprobs.shape, len(METRICS), state
     return tuple(x.logprobs.new_empty(shape, dtype=compute_dtype(x.logprobs)) for shape in shapes)
 
 
@@ -701,19 +748,15 @@ def _gradients(x: Inputs, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
 def _backward(grad, grad_per_token, state, *rest):
     """Gradients of logprobs and entropies, without elements where they are not needed."""
     x, needs = Inputs(*rest[:-2]), rest[-2:]
-    grads = _gradients(x, needs)
-    if x.triton:
-        n = Numbers(*unpack(x.packed))
-        cut = None if x.entropies is None or n.quantile is None else state[2]
-        d_logprobs, d_entropies = (g if need else None for g, need in zip(grads, needs, strict=True))
-        _launch_sequences(
-            x, n, cut, state=state, grad=grad, grad_per_token=grad_per_token, d_logprobs=d_logprobs,
-            d_entropies=d_entropies,
-        )  # fmt: skip
-    else:
-        for memory, value, need in zip(grads, _backward_torch(x, grad, grad_per_token), needs, strict=True):
-            if need:
-                memory.copy_(value)
+    if not x.triton:
+        return _backward_torch(x, needs, state, grad, grad_per_token)
+    n, grads = Numbers(*unpack(x.packed)), _gradients(x, needs)
+    cut = None if x.entropies is None or n.quantile is None else state[2]
+    d_logprobs, d_entropies = (g if need else None for g, need in zip(grads, needs, strict=True))
+    _launch_sequences(
+        x, n, cut, state=state, grad=grad, grad_per_token=grad_per_token, d_logprobs=d_logprobs,
+        d_entropies=d_entropies,
+    )  # fmt: skip
     return grads
 
 
@@ -734,11 +777,13 @@ def _autograd(ctx, grad, grad_per_token, *_):
     needs = ctx.needs_input_grad[:2]
     grads: tuple[Tensor | None, ...] = (None, None)
     if grad is not None or grad_per_token is not None:
-        grads = _backward(grad, grad_per_token, state, *tensors, *ctx.options, *needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 15
+        backward = _backward if ctx.options[-1] else _direct_backward  # by Triton
+        grads = backward(grad, grad_per_token, state, *tensors, *ctx.options, *needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 16
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_direct, _direct_backward = direct(_forward, _setup_context, _autograd), direct(_backward)
 
 
 def grpo_loss(
@@ -855,7 +900,7 @@ def grpo_loss(
     )
     check_needs(beta, ref_logprobs, entropy_quantile, entropy_coef, entropies)
     divisor, count = (normalizer.to(logprobs.device), None) if isinstance(normalizer, Tensor) else (None, normalizer)
-    loss, per_token, metrics, _ = _forward(
+    loss, per_token, metrics, _ = (_forward if triton else _direct)(
         logprobs,
         entropies,
         advantages,
@@ -877,6 +922,7 @@ def grpo_loss(
         importance_level,
         kl_estimator,
         importance_mode,
+        torch.is_grad_enabled() and (logprobs.requires_grad or (entropies is not None and entropies.requires_grad)),
         triton,
     )  # fmt: skip
     return GRPOLoss(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), per_token, logprobs.detach())

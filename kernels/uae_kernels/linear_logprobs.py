@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _linear_tiles, _triton
-from ._common import compute_dtype, pack_head, unpack_head
+from ._common import compute_dtype, direct, pack_head, unpack_head
 from ._triton import dot, fp64, jit, launch, log1p, narrow, tanh, tl, use_triton
 from .reference.linear_logprobs import check_linear
 from .reference.token_logprobs import is_scored
@@ -656,7 +656,7 @@ def _autograd(ctx, grad, grad_entropy, *_):
     hidden, weight, targets, bias, packed, logprobs, lse, entropies = ctx.saved_tensors
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]]
     grads = [torch.zeros_like(lse) if g is None else g for g in (grad, grad_entropy)]
-    d_hidden, d_weight, d_bias = _backward(
+    d_hidden, d_weight, d_bias = (_backward if fused else _direct_backward)(
         *grads, hidden, weight, targets, bias, packed, logprobs, lse, entropies, ignore_index, entropy, *need, fused
     )
     return (
@@ -669,6 +669,7 @@ def _autograd(ctx, grad, grad_entropy, *_):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_direct, _direct_backward = direct(_forward, _setup_context, _autograd), direct(_backward)
 
 
 def linear_logprobs(
@@ -758,7 +759,7 @@ def active_logprobs(
     graph = torch.is_grad_enabled()
     trainable = graph and (weight.requires_grad or (bias is not None and bias.requires_grad))
     order = 1 + (return_entropy and entropy_grad) if graph and hidden.requires_grad and not trainable else 0
-    logprobs, entropy, *_ = _forward(
+    logprobs, entropy, *_ = (_forward if fused else _direct)(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         targets.reshape(-1),

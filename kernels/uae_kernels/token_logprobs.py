@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import compute_dtype, pack_head, unpack_head
+from ._common import compute_dtype, direct, pack_head, unpack_head
 from ._triton import fp64, jit, launch, log1p, tanh, tl, use_triton
 from .reference.token_logprobs import check_logits, is_scored
 
 # PyTorch's row tiles
 ROWS = 128
-CPU_ELEMENTS = 2**19  # a CPU's tiles also stay in its cache
+CPU_ELEMENTS = 2**18  # a CPU's tiles also stay in its cache
 LOWEST = -1e4  # exp() is 0 from here on, and 0·LOWEST is 0 where 0·−inf is NaN
 
 # Triton's programs: one a row, BLOCK logits at a time
@@ -189,51 +189,77 @@ def _tiling(*logits: Tensor) -> dict[str, Any]:
     return {"ALIGNED": aligned, "BLOCK": BLOCK, "VECTOR": 16 // bytes_each, "num_warps": WARPS, "maxnreg": limit}
 
 
-def _tiles(logits: Tensor) -> Iterator[tuple[int | slice, ...]]:
-    """Indices of (at most ROWS, V) pieces of logits (..., T, V), of any strides without a copy."""
+def _tile_rows(logits: Tensor) -> int:
     rows = ROWS
     if logits.device.type == "cpu":
         rows = max(1, min(ROWS, CPU_ELEMENTS // max(logits.shape[-1], 1)))
+    return min(rows, logits.shape[-2])
+
+
+def _tiles(logits: Tensor) -> Iterator[tuple[int | slice, ...]]:
+    """Indices of (at most ROWS, V) pieces of logits (..., T, V), of any strides without a copy."""
+    rows = _tile_rows(logits)
     for leading in product(*map(range, logits.shape[:-2])):
-        for start in range(0, logits.shape[-2], rows):
+        for start in range(0, logits.shape[-2], rows or 1):
             yield *leading, slice(start, start + rows)
 
 
-def _scaled_tile(logits: Tensor, packed: Tensor) -> tuple[Tensor, Tensor | None]:
-    """z (rows, V) in fp32, which may be `logits` itself, and the slope 1 − tanh² where there is a softcap."""
+def _memory(logits: Tensor, count: int) -> list[Tensor]:
+    """`count` tensors of a tile's size: all tiles share them, as new memory would have to be mapped in each time."""
+    return [logits.new_empty(_tile_rows(logits), logits.shape[-1], dtype=compute_dtype(logits)) for _ in range(count)]
+
+
+def _scaled_tile(logits: Tensor, packed: Tensor, memory: Tensor, slope: bool = False) -> tuple[Tensor, Tensor | None]:
+    """z (rows, V) in fp32, in `memory` or `logits` itself, and if wanted and there is a softcap its slope 1 − tanh²."""
     inner, outer, softcap = _factors(packed)
-    z = logits.to(compute_dtype(logits))
-    if softcap:
-        z = z.mul(inner).tanh_()
-        slope = z.square().neg_().add_(1)
-        return z.mul_(outer), slope
-    return (z if inner == 1 else z * inner), None
+    if not softcap and inner == 1 and logits.dtype == memory.dtype:
+        return logits, None
+    z = memory.copy_(logits).mul_(inner)
+    if not softcap:
+        return z, None
+    z.tanh_()
+    slopes = z.square().neg_().add_(1) if slope else None
+    return z.mul_(outer), slopes
 
 
 def _row_sum(terms: Tensor) -> Tensor:
-    """(rows, V) -> (rows, 1). One row alone would be summed in parts, one for each thread: two are not."""
-    return terms.expand(max(len(terms), 2), -1).sum(1, keepdim=True)[: len(terms)]
+    """(rows, V) -> (rows,). One row alone would be summed in parts, one for each thread: two are not."""
+    return terms.expand(max(len(terms), 2), -1).sum(1)[: len(terms)]
 
 
-def _tile_statistics(z: Tensor, target: Tensor, entropy: bool) -> tuple[Tensor, ...]:
-    """(rows, V), (rows, 1) -> log p, max z, log Σ e^(z − max) and, if wanted, the entropy (rows, 1)."""
-    highest = z.amax(1, keepdim=True)
-    top = highest.clamp(min=torch.finfo(z.dtype).min)
-    x = (z - top).contiguous()  # the order of sums depends on strides
-    x_target = x.gather(1, target)
-    e_target = x_target.exp()
-    # The target's own term is left out of the sum: 1 − p is then a sum, not a difference.
-    x.scatter_(1, target, -torch.inf)
-    dead = highest == -torch.inf
-    e = x.exp()
-    rest = _row_sum(e)
-    log_total = torch.log1p(rest + (e_target - 1))
-    log_total.masked_fill_(dead, -torch.inf)
-    logprob = (x_target - log_total).masked_fill_(dead, -torch.inf)
-    if not entropy:
-        return logprob, top, log_total
-    mean_x = (_row_sum(e.mul_(x.clamp_(min=LOWEST))) + e_target * x_target.clamp(min=LOWEST)) / (rest + e_target)
-    return logprob, top, log_total, (log_total - mean_x).masked_fill_(dead, 0)
+def _statistics(
+    logits: Tensor, targets: Tensor, packed: Tensor, ignore_index: int, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_forward` in PyTorch, a tile at a time."""
+    targets = targets.contiguous()
+    scored = is_scored(targets, logits.shape[-1], ignore_index)
+    index = torch.where(scored, targets, 0).long()
+    # Of x = z − max: the target's own, and Σ e^x and Σ e^x·x over the others. 1 − p is then a sum, not a difference.
+    top, own, rest, rest_x = (logits.new_empty(targets.shape, dtype=compute_dtype(logits)) for _ in range(4))
+    memory, *more = _memory(logits, 1 + entropy)
+    for i in _tiles(logits):
+        column = index[i][:, None]
+        z, _ = _scaled_tile(logits[i], packed, memory[: len(column)])
+        highest = z.amax(1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
+        x = torch.sub(z, highest, out=memory[: len(column)])
+        top[i], own[i] = highest[:, 0], x.gather(1, column)[:, 0]
+        x.scatter_(1, column, -torch.inf)
+        e = torch.exp(x, out=more[0][: len(column)] if entropy else x)
+        rest[i] = _row_sum(e)
+        if entropy:
+            rest_x[i] = _row_sum(x.clamp_(min=LOWEST).mul_(e))
+    e = own.exp()
+    total = rest + e
+    dead = total == 0  # every logit is −inf
+    log_total = torch.log1p(rest + (e - 1)).masked_fill_(dead, -torch.inf)
+    found = [(own - log_total).masked_fill_(dead, -torch.inf), top, log_total]
+    if entropy:
+        mean_x = (rest_x + e * own.clamp(min=LOWEST)) / total
+        found.append((log_total - mean_x).masked_fill_(dead, 0))
+    else:
+        found.append(top.new_empty(0))
+    logprobs, top, log_total, entropies = (torch.where(scored, x, 0) if x.numel() else x for x in found)
+    return logprobs, top, log_total, entropies
 
 
 @torch.library.custom_op("uae_kernels::token_logprobs", mutates_args=())
@@ -244,22 +270,16 @@ def _forward(
 
     A row of nothing but −inf has a log Σ of −inf.
     """
+    if not triton:
+        return _statistics(logits, targets, packed, ignore_index, entropy)
     results = [logits.new_empty(targets.shape, dtype=compute_dtype(logits)) for _ in range(3 + entropy)]
-    if triton:
-        inner, outer, softcap = _factors(packed)
-        given = [logits, targets.contiguous(), *results, *[None] * (not entropy)]
-        for x, *rows in _stacked(given, logits.shape[:-2]):
-            launch(
-                _forward_kernel, (x.shape[0] * x.shape[1],), x, *rows, *x.shape[1:], *_strides(x),
-                ignore_index, inner, outer, SOFTCAP=softcap, **_tiling(x),
-            )  # fmt: skip
-    else:
-        scored = is_scored(targets, logits.shape[-1], ignore_index)
-        index = torch.where(scored, targets, 0).long()
-        for i in _tiles(logits):
-            z, _ = _scaled_tile(logits[i], packed)
-            for result, value in zip(results, _tile_statistics(z, index[i][:, None], entropy), strict=True):
-                result[i] = torch.where(scored[i], value[:, 0], 0)
+    inner, outer, softcap = _factors(packed)
+    given = [logits, targets.contiguous(), *results, *[None] * (not entropy)]
+    for x, *rows in _stacked(given, logits.shape[:-2]):
+        launch(
+            _forward_kernel, (x.shape[0] * x.shape[1],), x, *rows, *x.shape[1:], *_strides(x),
+            ignore_index, inner, outer, SOFTCAP=softcap, **_tiling(x),
+        )  # fmt: skip
     if not entropy:
         results.append(logits.new_empty(0, dtype=compute_dtype(logits)))
     return results[0], results[1], results[2], results[3]
@@ -303,20 +323,30 @@ def _write_gradient(
     if grad_entropy is not None:
         grad_entropy = torch.where(alive, grad_entropy, 0) * (inner * outer)
         at_target -= grad_entropy * logprobs.exp() * (logprobs.clamp(min=LOWEST) + entropies)
+    whole = alive.device.type == "cpu" and bool(alive.all())
+    in_place = out.dtype == tops.dtype and grad_entropy is None
+    memory = _memory(logits, 0 if in_place else 1 if grad_entropy is None else 2)
+    per_total = -grad * torch.exp(-log_totals)
     for i in _tiles(logits):
-        z, slope = _scaled_tile(logits[i], packed)
-        log_p = z.sub(tops[i][:, None]).sub_(log_totals[i][:, None])
+        column = index[i][:, None]
+        room = out[i] if in_place else memory[0][: len(column)]
+        z, slope = _scaled_tile(logits[i], packed, room, slope=True)
+        x = torch.sub(z, tops[i][:, None], out=room)
         # dL/dz_v = g·([v = y] − p_v) − g_H·p_v·(log p_v + H)
         if grad_entropy is None:
-            dz = log_p.exp_().mul_(-grad[i][:, None])
+            dz = x.exp_().mul_(per_total[i][:, None])
         else:
-            p = log_p.exp()
+            log_p = x.sub_(log_totals[i][:, None])
+            p = torch.exp(log_p, out=memory[1][: len(column)])
             factor = log_p.clamp_(min=LOWEST).add_(entropies[i][:, None]).mul_(grad_entropy[i][:, None])
             dz = factor.add_(grad[i][:, None]).mul_(p).neg_()
-        dz.scatter_(1, index[i][:, None], at_target[i][:, None])
+        dz.scatter_(1, column, at_target[i][:, None])
         if slope is not None:
             dz.mul_(slope)
-        out[i] = dz.masked_fill_(~alive[i][:, None], 0)
+        if not whole:
+            dz.masked_fill_(~alive[i][:, None], 0)
+        if not in_place:
+            out[i] = dz
 
 
 @torch.library.custom_op("uae_kernels::token_logprobs_backward", mutates_args=())
@@ -387,10 +417,11 @@ def _autograd(ctx, grad, _, __, grad_entropy):
     if ctx.inplace:
         _backward_(*inputs)
         return logits, *none
-    return _backward(*inputs), *none
+    return (_backward if ctx.triton else _direct_backward)(*inputs), *none
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_direct, _direct_backward = direct(_forward, _setup_context, _autograd), direct(_backward)
 
 
 def token_logprobs(
@@ -446,7 +477,7 @@ def token_logprobs(
     ):
         raise ValueError("token_logprobs: inplace_backward cannot write to expanded logits")
     rows = logits.dim() == 1  # a single distribution
-    logprobs, _, _, entropy = _forward(
+    logprobs, _, _, entropy = (_forward if triton else _direct)(
         logits[None] if rows else logits,
         targets[None] if rows else targets,
         pack_head(temperature, softcap, logit_scale),

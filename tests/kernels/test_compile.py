@@ -5,8 +5,11 @@ import importlib
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from uae_kernels import (
+    _flow,
     flow_grpo_loss,
     flow_step,
     group_advantages,
@@ -206,11 +209,11 @@ VARIANTS = [
 def test_opcheck(name, case, number, options, monkeypatch):
     """torch.library's own checks on the flat ops, with the arguments that the public function gives them."""
     module, calls = importlib.import_module(f"uae_kernels.{name}"), []
-    for part in ("_forward", "_backward", "_backward_"):
-        op = getattr(module, part, None)
-        if op:
+    for part, called in (("_forward", "_direct"), ("_backward", "_direct_backward"), ("_backward_", "_backward_")):
+        op = getattr(module, part, getattr(_flow, part, None))
+        if hasattr(module, called):
             record = lambda *given, op=op: calls.append((op, [*map(copied, given)])) or op(*given)  # noqa: E731
-            monkeypatch.setattr(module, part, record)
+            monkeypatch.setattr(module, called, record)
     tensor, call = case(number, **options)
     torch.autograd.grad(call(0.4), tensor)
     frozen = name == "linear_logprobs" and not options.get("train")  # its backward pass is a row scaling
@@ -219,6 +222,40 @@ def test_opcheck(name, case, number, options, monkeypatch):
         if op is not calls[0][0]:  # the backward pass is not differentiable itself
             arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
         torch.library.opcheck(op, arguments)
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ours = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "uae_kernels":
+            self.ours.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+DIRECT = {
+    token_case: "temperature",
+    advantages_case: "eps",
+    grpo_case: "beta",
+    step_case: "noise_level",
+    flow_case: "beta",
+}
+
+
+@pytest.mark.parametrize("case, number", DIRECT.items())
+def test_plain_tensors_on_a_cpu_go_past_the_dispatcher(case, number):
+    """Fake ones do not, whose values an implementation could not read."""
+    tensor, call = case(number)
+    with Names() as names:
+        torch.autograd.grad(call(0.4), tensor)
+    assert not names.ours
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensor, call = case(number)
+        with Names() as names:
+            (grad,) = torch.autograd.grad(call(0.4), tensor)
+    assert names.ours and grad.shape == tensor.shape
 
 
 def copied(given):

@@ -152,6 +152,18 @@ def test_noise_is_tritons(tmp_path):
     assert (philox_normal(seeds, 2048) - normals).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (5, 1023), (9, 2**14), (2, 2**16 + 77), (1, 0)])
+def test_noise_is_box_muller_on_philox(shape):
+    """Of samples that share a piece, and of ones that take several, bit for bit."""
+    seeds = torch.randint(-(2**62), 2**62, shape[:1])
+    u1, u2 = (
+        torch.where(word < 2**31, word, 2**32 - 1 - word).to(torch.float32) * 4.6566127342e-10
+        for word in philox(seeds, shape[1])[:2]
+    )
+    expected = (-2 * u1.clamp(min=1e-7).log()).sqrt() * (2 * math.pi * u2).cos()
+    assert torch.equal(philox_normal(seeds, shape[1]), expected)
+
+
 def test_philox_known_answer():
     """Random123's published vector for philox4x32-10 with key and counter 0."""
     words = [int(w[0, 0]) for w in philox(torch.tensor([0]), 1)]

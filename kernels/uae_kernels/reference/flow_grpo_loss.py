@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .._common import GRPOLoss, check_choice, check_impl, compute_dtype, per_sample, row_sum
-from .flow_step import NOISE_LEVEL, check_step, guided, log_density, transition
+from .._common import GRPOLoss, check_choice, check_impl, compute_dtype, per_sample
+from .flow_step import NOISE_LEVEL, check_step, coefficients, guided, log_density, row_mean_square
 from .grpo_loss import MAX_EXPONENT
 
 METRICS = ("kl", "ratio_mean", "ratio_max", "clip_fraction_low", "clip_fraction_high")
@@ -38,37 +38,30 @@ def flow_grpo_loss(
     check_step("flow_grpo_loss", velocity, sample, kind, noise_level, velocity_uncond, log_prob)
     check_loss(sample, next_sample, old_log_prob, advantages, kind, noise_level, ref_velocity, beta, kl)
     noise_level = NOISE_LEVEL[kind] if noise_level is None else noise_level
-    sigmas = (
-        per_sample(sigma, sample),
-        per_sample(sigma_next, sample),
-        per_sample(sigma_next if sigma_max is None else sigma_max, sample),
-    )
     dtype = compute_dtype(velocity, sample)
     v = guided(velocity, velocity_uncond, guidance_scale, dtype)
-    mean, std, s = transition(v, sample.to(dtype), *sigmas, kind, noise_level)
+    sigmas = sigma, sigma_next, sigma_next if sigma_max is None else sigma_max
+    columns = (per_sample(value, sample).to(dtype).view(-1, *[1] * (sample.dim() - 1)) for value in sigmas)
+    a, b, std, s = coefficients(columns, kind, noise_level)
+    mean = torch.addcmul(a * sample.to(dtype), b, v)
     logp = log_density(next_sample.detach().to(mean.dtype), mean, std, log_prob)
 
-    a = advantages.detach().to(mean.dtype)
-    if advantage_clip is not None:
-        a = a.clamp(-advantage_clip, advantage_clip)
-    # L = max(−A·r, −A·clip(r, 1 ± c)), r = exp(log π − log π_old)
-    log_ratio = logp - old_log_prob.detach().to(mean.dtype)
-    ratio = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
-    per_token = torch.maximum(-a * ratio, -a * ratio.clamp(1 - clip_range, 1 + clip_range))
+    advantage, _, ratio, free, clipped = surrogates(
+        logp, old_log_prob.detach(), advantages.detach(), clip_range, advantage_clip
+    )
+    per_token = torch.maximum(free, clipped)
 
     divergence = torch.zeros_like(logp)
     if ref_velocity is not None:
         v_uncond = None if velocity_uncond is None else velocity_uncond.detach()
         v_ref = guided(ref_velocity.detach(), v_uncond, guidance_scale, dtype)
-        if kl == "velocity":
-            divergence = _mean_square(v - v_ref)
-        else:
-            # KL(N(μ, std²)‖N(μ_ref, std²)) = (μ − μ_ref)²/(2·std²); Flow-GRPO's code leaves −dt out of std²
-            mean_ref, _, _ = transition(v_ref, sample.detach().to(dtype), *sigmas, kind, noise_level)
-            width = (std if kl == "gaussian" else s).flatten()
+        divergence = row_mean_square(v, v_ref)
+        if kl != "velocity":
+            # KL(N(μ, std²)‖N(μ_ref, std²)) = (μ − μ_ref)²/(2·std²), μ − μ_ref = b·(v − v_ref); Flow-GRPO's code leaves
+            # −dt out of std²
+            width = std if kl == "gaussian" else s
             exact = width == 0
-            divergence = _mean_square(mean - mean_ref) / (2 * torch.where(exact, 1, width).square())
-            divergence = torch.where(exact, 0, divergence)
+            divergence = divergence * torch.where(exact, 0, b / torch.where(exact, 1, width)).square().flatten() / 2
         per_token = per_token + beta * divergence
 
     samples = max(sample.shape[0], 1)
@@ -79,15 +72,22 @@ def flow_grpo_loss(
             divergence.sum() / samples,
             ratio.sum() / samples,
             ratio.amax() if len(ratio) else ratio.sum(),
-            ((ratio < 1 - clip_range) & (a < 0)).to(a.dtype).sum() / samples,
-            ((ratio > 1 + clip_range) & (a > 0)).to(a.dtype).sum() / samples,
+            ((ratio < 1 - clip_range) & (advantage < 0)).to(dtype).sum() / samples,
+            ((ratio > 1 + clip_range) & (advantage > 0)).to(dtype).sum() / samples,
         )
     return GRPOLoss(loss, dict(zip(METRICS, values, strict=True)), per_token, logp.detach())
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    """(B, ...) -> (B,)."""
-    return row_sum(x.square().flatten(1)) / x.shape[1:].numel()
+def surrogates(
+    logp: Tensor, old: Tensor, advantages: Tensor, clip_range: float, advantage_clip: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A within its clip, log r, r = exp(log π − log π_old), and the sides of L = max(−A·r, −A·clip(r, 1 ± c))."""
+    a = advantages.to(logp.dtype)
+    if advantage_clip is not None:
+        a = a.clamp(-advantage_clip, advantage_clip)
+    log_ratio = logp - old.to(logp.dtype)
+    ratio = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+    return a, log_ratio, ratio, -a * ratio, -a * ratio.clamp(1 - clip_range, 1 + clip_range)
 
 
 def check_loss(

@@ -1,6 +1,7 @@
 """Definition of `uae_kernels.flow_step`."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,12 @@ from .._common import FlowStep, check_choice, check_impl, compute_dtype, per_sam
 KINDS = ("ode", "flow_sde", "dance_sde", "cps")
 NOISE_LEVEL = {"ode": 0.0, "flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8}
 LOG_PROBS = ("gaussian", "cps")
+
+# Philox4x32-10
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+STEPS = 0x9E3779B9, 0xBB67AE85  # of the key, from round to round
+LOW = 2**32 - 1
+PIECE = 2**16  # elements of which a CPU's caches hold all words, and that two threads share
 
 
 def flow_step(
@@ -52,7 +59,7 @@ def flow_step(
     else:
         if noise is None:
             noise = draw(sample, seed)
-        next_sample = mean + std * noise.to(dtype)
+        next_sample = torch.addcmul(mean, std, noise.to(dtype))
     if deterministic:
         return FlowStep(next_sample, None, mean, std)
     # The action is a constant of the policy gradient: only the mean carries one.
@@ -65,7 +72,7 @@ def guided(velocity: Tensor, velocity_uncond: Tensor | None, guidance_scale: flo
     if velocity_uncond is None:
         return v
     v_u = velocity_uncond.to(dtype)
-    return v_u + guidance_scale * (v - v_u)
+    return (v - v_u).mul_(guidance_scale).add_(v_u)
 
 
 def transition(
@@ -77,20 +84,25 @@ def transition(
     kind: str,
     noise_level: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (B, ...), standard deviation and diffusion coefficient (B, 1, ..., 1) of p(x' | x); σ's are (B,).
+    """Mean (B, ...), standard deviation and diffusion coefficient (B, 1, ..., 1) of p(x' | x); σ's are (B,)."""
+    sigmas = (s.to(v.dtype).view(-1, *[1] * (x.dim() - 1)) for s in (sigma, sigma_next, sigma_max))
+    a, b, std, s = coefficients(sigmas, kind, noise_level)
+    return torch.addcmul(a * x, b, v), std, s
+
+
+def coefficients(sigmas: Iterable[Tensor], kind: str, noise_level: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean = a·x + b·v, the standard deviation and the diffusion coefficient s, all shaped like the σ's: σ, σ', σ_max.
 
     v = ε − x0, x = (1 − σ)·x0 + σ·ε, dt = σ' − σ < 0.
     """
-    sigma, sigma_next, sigma_max = (
-        s.to(v.dtype).view(-1, *[1] * (x.dim() - 1)) for s in (sigma, sigma_next, sigma_max)
-    )
-    dt = sigma_next - sigma
+    sigma, sigma_next, sigma_max = sigmas
     if kind == "cps":
-        # Flow-CPS (arXiv 2509.05952): coefficients preserve the noise level, (σ' cos)² + (σ' sin)² = σ'²
-        x0, x1 = x - sigma * v, x + (1 - sigma) * v
-        std = sigma_next * math.sin(noise_level * math.pi / 2)
-        mean = (1 - sigma_next) * x0 + sigma_next * math.cos(noise_level * math.pi / 2) * x1
-        return mean, std, std
+        # Flow-CPS (arXiv 2509.05952): mean = (1 − σ')·x0 + σ' cos θ·x1 with x0 = x − σv, x1 = x + (1 − σ)v; the
+        # coefficients preserve the noise level, (σ' cos θ)² + (σ' sin θ)² = σ'²
+        std, of_x1 = (sigma_next * f(noise_level * math.pi / 2) for f in (math.sin, math.cos))
+        of_x0 = 1 - sigma_next
+        return of_x0 + of_x1, of_x1 * (1 - sigma) - of_x0 * sigma, std, std
+    dt = sigma_next - sigma
     if kind == "ode":
         s = torch.zeros_like(sigma)
     elif kind == "flow_sde":
@@ -100,8 +112,7 @@ def transition(
         s = noise_level * torch.ones_like(sigma)  # DanceGRPO (arXiv 2505.07818): constant s = η
     # mean = x·(1 + s²dt/(2σ)) + v·(1 + s²(1 − σ)/(2σ))·dt, std = s·√(−dt)
     drift = s.square() / (2 * sigma)
-    mean = x * (1 + drift * dt) + v * (1 + drift * (1 - sigma)) * dt
-    return mean, s * (-dt).sqrt(), s
+    return 1 + drift * dt, (1 + drift * (1 - sigma)) * dt, s * (-dt).sqrt(), s
 
 
 def log_density(x: Tensor, mean: Tensor, std: Tensor, form: str) -> Tensor:
@@ -109,13 +120,18 @@ def log_density(x: Tensor, mean: Tensor, std: Tensor, form: str) -> Tensor:
 
     Where std is 0 (a cps step to σ' = 0) there is no density: 0, with no gradient.
     """
-    error = row_sum((x - mean).square().flatten(1)) / x.shape[1:].numel()
+    error = row_mean_square(x, mean)
     if form == "cps":
         return -error
     std = std.flatten()
     exact = std == 0
     std = torch.where(exact, 1, std)
     return torch.where(exact, 0, -error / (2 * std.square()) - std.log() - 0.5 * math.log(2 * math.pi))
+
+
+def row_mean_square(x: Tensor, y: Tensor) -> Tensor:
+    """(B, ...) -> mean (x − y)² of each sample (B,)."""
+    return row_sum(torch.nn.functional.mse_loss(x, y, reduction="none").flatten(1)) / x.shape[1:].numel()
 
 
 def draw(sample: Tensor, seed: int | Tensor | None) -> Tensor:
@@ -133,35 +149,68 @@ def seed_keys(seed: int | Tensor, sample: Tensor) -> Tensor:
     return torch.arange(sample.shape[0], device=sample.device) + seed * 2**20
 
 
-def philox_normal(keys: Tensor, count: int) -> Tensor:
-    """(B, count) fp32 normals, entry [b, i] = `triton.language.randn(keys[b], i)`: Box–Muller on two Philox
-    words."""
-    words = philox(keys, count)
-    u1, u2 = (_uniform(word) for word in words[:2])
-    return (-2 * u1.clamp(min=1e-7).log()).sqrt() * (2 * math.pi * u2).cos()
-
-
 def philox(keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al. 2011), four (B, count) words < 2^32 held in int64.
 
     Key = the seed's low and high 32 bits, counter = (element index, 0, 0, 0). An int64 product keeps the low
     64 bits of the exact one, so its two halves are the 32-bit multiply's low and high words.
     """
-    low = 0xFFFFFFFF
-    k0, k1 = (keys & low)[:, None], ((keys >> 32) & low)[:, None]
+    k0, k1 = (keys & LOW)[:, None], ((keys >> 32) & LOW)[:, None]
     c0 = torch.arange(count, device=keys.device).expand(keys.shape[0], count)
     c1 = c2 = c3 = torch.zeros_like(c0)
     for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c2 = ((b >> 32) & low) ^ c1 ^ k0, ((a >> 32) & low) ^ c3 ^ k1
-        c1, c3 = b & low, a & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+        a, b = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c2 = ((b >> 32) & LOW) ^ c1 ^ k0, ((a >> 32) & LOW) ^ c3 ^ k1
+        c1, c3 = b & LOW, a & LOW
+        k0, k1 = (k0 + STEPS[0]) & LOW, (k1 + STEPS[1]) & LOW
     return c0, c1, c2, c3
 
 
-def _uniform(word: Tensor) -> Tensor:
-    """A 32-bit word as an fp32 number in [0, 1), Triton's way: the upper half of the range is folded back."""
-    return torch.where(word < 2**31, word, 2**32 - 1 - word).to(torch.float32) * 4.6566127342e-10
+def philox_normal(keys: Tensor, count: int) -> Tensor:
+    """(B, count) fp32 normals, entry [b, i] = `triton.language.randn(keys[b], i)`: Box–Muller on the first two words
+    of `philox`, taken in place, on a CPU a piece at a time."""
+    normals = torch.empty(len(keys), count, dtype=torch.float32, device=keys.device)
+    piece = PIECE if keys.device.type == "cpu" else max(normals.numel(), 1)
+    rows, columns = max(piece // max(count, 1), 1), max(min(count, piece), 1)
+    state = torch.empty(3, 2, min(rows, len(keys)), columns, dtype=torch.int64, device=keys.device)
+    words = torch.empty(state.shape[1:], dtype=torch.int32, device=keys.device)
+    uniform = torch.empty_like(words, dtype=torch.float32)
+    for some, out in zip(keys.split(rows), normals.split(rows), strict=True):
+        for start in range(0, count, columns):
+            part = slice(None), slice(len(some)), slice(min(columns, count - start))
+            w, u = words[part], uniform[part]
+            _first_words(some, start, state[(slice(None), *part)], w)
+            # A 32-bit word as a number in [0, 1), Triton's way: the upper half of the range is folded back.
+            u1, u2 = u.copy_(w.bitwise_xor_(w >> 31)).mul_(4.6566127342e-10)
+            radius = u1.clamp_(min=1e-7).log_().mul_(-2).sqrt_()
+            torch.mul(radius, u2.mul_(2 * math.pi).cos_(), out=out[:, start : start + columns])
+    return normals
+
+
+def _first_words(keys: Tensor, start: int, state: Tensor, words: Tensor) -> None:
+    """`philox`'s first two words of the elements from `start` on into `words` (2, rows, columns) int32.
+
+    `state` (3, 2, rows, columns) int64 is memory: for c0 and c2, for c3 and c1 (with anything above their 32 bits), and
+    for products.
+    """
+    counter, low, product = state
+    k0, k1 = (keys & LOW)[:, None], ((keys >> 32) & LOW)[:, None]
+    c0, c2 = counter
+    first = torch.arange(start, start + c0.shape[1], device=keys.device) * MULTIPLIERS[0]
+    c0.copy_(k0)
+    torch.bitwise_xor((first >> 32) & LOW, k1, out=c2)
+    low[0], low[1] = first, 0
+    for i in range(9):
+        k0, k1 = (k0 + STEPS[0]) & LOW, (k1 + STEPS[1]) & LOW
+        a, b = product
+        torch.mul(c2, MULTIPLIERS[1], out=b)
+        if i < 8:
+            torch.mul(c0, MULTIPLIERS[0], out=a)
+            torch.bitwise_right_shift(a, 32, out=c2).bitwise_xor_(low[0]).bitwise_xor_(k1)
+        torch.bitwise_right_shift(b, 32, out=c0).bitwise_xor_(low[1]).bitwise_xor_(k0)
+        counter.bitwise_and_(LOW)
+        low, product = product, low
+    words[0], words[1] = c0, low[1]
 
 
 def check_step(

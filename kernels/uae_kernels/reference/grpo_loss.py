@@ -66,7 +66,7 @@ def grpo_loss(
     check_needs(beta, ref_logprobs, entropy_quantile, entropy_coef, entropies)
     shape, dtype = logprobs.shape, compute_dtype(logprobs)
     clip_high = clip_low if clip_high is None else clip_high
-    m = torch.ones(shape, dtype=torch.bool, device=logprobs.device) if mask is None else mask != 0
+    m = kept_tokens(logprobs, mask)
     tokens = m.sum(1, keepdim=True)  # K_i
     length = tokens.clamp(min=1)
 
@@ -77,7 +77,7 @@ def grpo_loss(
         assert rewards is not None
         advantages = group_advantages(rewards, group_size)
     advantages = advantages.detach().to(dtype)
-    zero_std = _zero_std_fraction(advantages, m, group_size)
+    zero_std = zero_std_fraction(advantages, m, group_size)
     if advantages.dim() == 1:
         a = torch.where(tokens > 0, advantages[:, None], 0).expand(shape)
     else:
@@ -141,8 +141,9 @@ def grpo_loss(
         kl = _kl(unmasked(ref_logprobs.detach()).clamp(min=MIN_LOGPROB) - logp, ratio, kl_estimator)
         per_token = per_token + beta * kl
 
-    max_length = max(shape[1], 1) if max_length is None else max_length
-    loss = _reduce(per_token, m, tokens, loss_type, normalizer, max_length)
+    masked = torch.where(m, per_token, 0)
+    sums = (per_token if loss_type == "luspo_legacy" else masked).sum(1, keepdim=True)
+    loss = (sums * shares(tokens, loss_type, normalizer, shape[1], max_length, sums)).sum()
     if entropies is not None:
         bonus = torch.where(chosen, entropies.to(dtype), 0).sum() / chosen.sum().clamp(min=1)
         loss = loss - entropy_coef * bonus
@@ -160,7 +161,14 @@ def grpo_loss(
             zero_std,
         )
     metrics = dict(zip(METRICS, values, strict=True))
-    return GRPOLoss(loss, metrics, torch.where(m, per_token, 0), logprobs.detach())
+    return GRPOLoss(loss, metrics, masked, logprobs.detach())
+
+
+def kept_tokens(logprobs: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, T), True where a token counts."""
+    if mask is None:
+        return torch.ones_like(logprobs, dtype=torch.bool)
+    return mask if mask.dtype == torch.bool else mask != 0
 
 
 def sampler_correction(gap: Tensor, m: Tensor, mode: str, floor: float, cap: float) -> Tensor:
@@ -205,30 +213,26 @@ def _kl(x: Tensor, ratio: Tensor, estimator: str) -> Tensor:
     return k3 * ratio if estimator == "k3_importance" else k3
 
 
-def _reduce(
-    per_token: Tensor,
-    m: Tensor,
-    tokens: Tensor,
-    loss_type: str,
-    normalizer: float | Tensor | None,
-    max_length: int,
+def shares(
+    tokens: Tensor, loss_type: str, normalizer: float | Tensor | None, width: int, max_length: int | None, like: Tensor
 ) -> Tensor:
-    """The table in `uae_kernels.grpo_loss`'s docstring."""
-    sums = torch.where(m, per_token, 0).sum(1, keepdim=True)
-    if loss_type in OVER_TOKENS:
-        count = tokens.sum() if normalizer is None else normalizer
-    else:
-        count = per_token.shape[0] if normalizer is None else normalizer
+    """The table in `uae_kernels.grpo_loss`'s docstring: what each sequence's sum of `width` losses counts in the loss.
+
+    (B, 1), of the dtype of `like`.
+    """
+    if normalizer is None:
+        normalizer = tokens.sum() if loss_type in OVER_TOKENS else len(tokens)
+    share = torch.ones_like(tokens, dtype=like.dtype)
     if loss_type in ("grpo", "sapo"):
-        sums = sums / tokens.clamp(min=1)
+        share = share / tokens.clamp(min=1)
     elif loss_type == "dr_grpo":
-        sums = sums / max_length
+        share = share / (max(width, 1) if max_length is None else max_length)
     elif loss_type == "luspo_legacy":
-        sums = per_token.sum(1, keepdim=True) / max(per_token.shape[1], 1) * tokens
-    return sums.sum() / (count.clamp(min=1).to(sums.dtype) if isinstance(count, Tensor) else max(count, 1))
+        share = share * tokens / max(width, 1)
+    return share / (normalizer.clamp(min=1).to(like.dtype) if isinstance(normalizer, Tensor) else max(normalizer, 1))
 
 
-def _zero_std_fraction(advantages: Tensor, m: Tensor, group_size: int | None) -> Tensor:
+def zero_std_fraction(advantages: Tensor, m: Tensor, group_size: int | None) -> Tensor:
     flat = advantages == 0 if advantages.dim() == 1 else ((advantages == 0) | ~m).all(1)
     groups = flat.view(-1, group_size or 1).all(1).to(advantages.dtype)
     return groups.sum() / max(groups.numel(), 1)

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import MOMENTS, PRESETS, Config, ConfigError, find_config, load_config, preset_names
+from .config import MOMENTS, PRESETS, Config, ConfigError, find_config, load_config, preset_names, printable
 from .environment import describe_environment, quiet_libraries
-from .text import printable
 
 SUITES = ("all", "kernels", "sampler", "trainer")
 FAILURE, USER_MISTAKE, STOPPED = 1, 2, 130

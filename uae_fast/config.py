@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from .config_checks import invariants
-from .text import short
+from .text import printable, short, unicode_text  # noqa: F401  everybody's
 
 PRESETS = Path(__file__).parent / "configs"
 MOMENTS = ("before", "stage0", "stage1", "stage2", "stage3")  # when held-out images are measured, and runs looked at

@@ -15,10 +15,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .config import ConfigError
+from .config import ConfigError, printable, unicode_text
 from .models.reward import to_tensor
 from .seeds import generator
-from .text import printable, unicode_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Whatever a file is called, it is read as one of these: Pillow would run Ghostscript on PostScript.

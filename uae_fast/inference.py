@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .config import Config, ConfigError, load_config
+from .config import Config, ConfigError, load_config, printable
 from .data import SUFFIXES, load_image
 from .evaluate.heldout import sample, to_image
 from .models import Models
 from .models.loading import load_models, load_run
 from .rollout.renders import draw
 from .seeds import derive_seed
-from .text import printable
 
 PANEL, GAP, LINE, CAPTION_WIDTH = 256, 16, 20, 68  # of a sheet: three in pixels, one in characters
 

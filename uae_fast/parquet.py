@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from .config import ConfigError, DataConfig
+from .config import ConfigError, DataConfig, printable, unicode_text
 from .data import Example, ImageFolder, check_share, load_image
 from .seeds import generator
-from .text import printable, unicode_text
 
 HUB_FILES = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)@(?P<revision>[0-9a-f]{40})(/(?P<pattern>.+\.parquet))?")
 MIXED_GROUPS = 8  # row groups whose rows are shuffled among each other, and that are kept in memory

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from ..config import Config, ConfigError, load_config
+from ..config import Config, ConfigError, load_config, printable
 from ..data import SUFFIXES, listed, load_image
 from ..environment import quiet_libraries
 from ..logging import ProgressLine
@@ -21,7 +21,6 @@ from ..models import Models
 from ..models.loading import load_image_encoder, load_image_processor, load_models, load_run, run_device
 from ..models.sources import Source, find_sources
 from ..parquet import open_images
-from ..text import printable
 from .heldout import Images, batches, draw_examples, picture_names, to_image, write_captions
 
 PREFIX = "recon_"  # may stand before a reconstruction's name

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from uae_kernels import shared_prefix_attention
 
-from ..config import ConfigError
+from ..config import ConfigError, unicode_text
 from ..phases import phase
-from ..text import unicode_text
 from .shared_prefix import Ragged, SharedPrefix, recomputing, sharing_prefixes
 
 LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

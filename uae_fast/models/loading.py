@@ -21,9 +21,8 @@ from ..checkpoint import (
     read_state,
     verify_checkpoint,
 )
-from ..config import Config, ConfigError, accelerated, load_config
+from ..config import Config, ConfigError, accelerated, load_config, printable
 from ..seeds import derive_seed
-from ..text import printable
 from . import Models
 from .decoder import Decoder
 from .dummy import dummy_tokenizer, empty, fill

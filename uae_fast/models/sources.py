@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import STATE
-from ..config import Config, ConfigError
-from ..text import printable
+from ..config import Config, ConfigError, printable
 
 TINY = Path(__file__).parent.parent / "tiny" / "weights"
 SHAPES = Path(__file__).parent / "shapes"

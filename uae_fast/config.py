@@ -58,7 +58,9 @@ class ModelsConfig:
     decoder: Literal["lora", "full"] = "lora"
     """What trains of the decoder's transformer."""
     lora_rank: int = 32
+    """Inner width of the adapters: on every linear layer of the language model, on those of the decoder's attention."""
     lora_alpha: int = 64
+    """An adapter's product is scaled by alpha / rank."""
 
 
 @dataclass
@@ -68,10 +70,13 @@ class DataConfig:
     for evaluation alone."""
 
     train: str = "data/tiny/train"
+    """What the stages train on."""
     heldout: str = "data/tiny/heldout"
+    """What is measured before and after each stage, and never trained on."""
     image_column: str = "image"
     """Of parquet files: cells with an encoded image, as Hugging Face datasets keep them."""
     caption_column: str = "caption"
+    """Of parquet files: texts; needed for stages 0 and 1 alone."""
     resolution: int = 32
     """Side of the images the decoder draws, in pixels."""
     max_bad: float = 0.01
@@ -83,10 +88,12 @@ class CaptionConfig:
     """How captions are written."""
 
     prompt: str = "describe the image"
+    """What the encoder is told beside the image."""
     image_tokens: int = 0
     """The most tokens an image takes in the encoder's context; larger images are made smaller. 0: as the encoder's
     image processor says."""
     max_new_tokens: int = 512
+    """The most tokens of a caption; a longer one is cut off."""
     temperature: float = 0.7
     """Of evaluation, stage 3 and `uae-fast caption`; stage 2 samples with its own. 0 takes the likeliest tokens."""
     engine: Literal["uae", "generate"] = "uae"
@@ -181,10 +188,16 @@ class OptimizerConfig:
     """The optimiser of every stage."""
 
     name: Literal["adamw8bit", "paged_adamw8bit", "adamw"] = "adamw8bit"
+    """AdamW with moments in 8 bits, by bitsandbytes (paged: they move to host memory where the GPU's is full), or in
+    float32, by PyTorch."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the running means of gradients and of their squares."""
     eps: float = 1e-8
+    """Added to the root of the mean square."""
     weight_decay: float = 0.0
+    """Share of a weight taken off at each step, times the learning rate."""
     max_grad_norm: float = 1.0
+    """Gradients of a greater norm, over all that trains, are scaled down to it."""
     warmup_steps: int = 5
     """Steps over which the learning rate rises to its value, in each stage."""
     max_skipped: int = 3
@@ -196,10 +209,13 @@ class Stage0Config:
     """Decoder pre-training on (image, caption) pairs."""
 
     steps: int = 1000
+    """Optimiser steps."""
     images: int = 32
     """Images of a step."""
     micro_batch: int = 32
+    """Pairs of one forward and backward pass."""
     lr_decoder: float = 1e-5
+    """Learning rates are peaks, reached after `optimizer.warmup_steps`, in every stage."""
     lr_projector: float = 1e-4
 
 
@@ -208,8 +224,11 @@ class Stage1Config:
     """Cold start: encoder, projector and decoder through the differentiable sampler."""
 
     steps: int = 20
+    """Optimiser steps."""
     images: int = 8
+    """Images of a step."""
     micro_batch: int = 8
+    """Images of one forward and backward pass."""
     lr_encoder: float = 1e-5
     lr_projector: float = 1e-4
     lr_decoder: float = 1e-5
@@ -217,7 +236,9 @@ class Stage1Config:
     """caption: conditions are re-read captions, as in every other stage; image: the states of the answer's tokens with
     the image in sight, as in the released code."""
     sampler_steps: int = 10
+    """Euler steps from noise to image."""
     guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 leaves the unconditional pass out."""
     backprop_last_steps: int = 2
     """Gradients run through this many last sampler steps."""
 
@@ -227,7 +248,9 @@ class Stage2Config:
     """Generation for Understanding: GRPO on the encoder's captions."""
 
     steps: int = 60
+    """Rollouts."""
     images: int = 8
+    """Images of a step."""
     group_size: int = 8
     """Captions of an image."""
     micro_batch: int = 64
@@ -240,14 +263,20 @@ class Stage2Config:
     """Optimiser steps on each rollout."""
     lr: float = 1e-5
     temperature: float = 1.0
+    """Of sampling, and of the log-probs in ratios and KL."""
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"] = "grpo"
+    """As `uae_kernels.grpo_loss` names them."""
     importance_level: Literal["token", "sequence"] = "token"
+    """A ratio for each token, or one for each caption (GSPO)."""
     clip_low: float = 0.2
     clip_high: float = 0.2
+    """Ratios are clipped to [1 - clip_low, 1 + clip_high]."""
     beta: float = 1e-6
     """Weight of the KL term to the reference policy."""
     kl_estimator: Literal["k1", "k2", "k3", "k3_importance"] = "k3"
+    """Of the KL term, as `uae_kernels.grpo_loss` names them."""
     scale_advantages: Literal["group", "batch", "none"] = "group"
+    """Whose standard deviation rewards are divided by, once their group's mean is taken off."""
 
 
 @dataclass
@@ -255,15 +284,20 @@ class Stage3Config:
     """Understanding for Generation: flow GRPO on the decoder."""
 
     steps: int = 60
+    """Rollouts."""
     images: int = 8
+    """Images of a step."""
     group_size: int = 8
     """Drawings of a caption."""
     micro_batch: int = 64
     """Drawings of one forward and backward pass, at one step of the sampler."""
     updates: int = 1
+    """Optimiser steps on each rollout."""
     lr: float = 3e-4
     kind: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    """How noise enters: the samplers of Flow-GRPO, DanceGRPO and Flow-CPS (`uae_kernels.flow_step`)."""
     noise_level: float = 0.7
+    """How much of it; for cps at most 1."""
     window: int = 3
     """Sampler steps that are drawn with noise and trained on; the ones before are one path shared by a group."""
     window_end: int = 5
@@ -272,11 +306,15 @@ class Stage3Config:
     """Classifier-free guidance of the policy, in rollout and update; 1 leaves the unconditional pass out. The
     unconditional velocity carries no gradient."""
     clip_range: float = 1e-4
+    """Ratios are clipped to 1 ± clip_range; they are of log-probs averaged over a latent's elements."""
     advantage_clip: float = 5.0
+    """Advantages are clipped to ± this."""
     beta: float = 0.0
     """Weight of the KL term to the decoder as it was when the stage began."""
     kl: Literal["gaussian", "flow_grpo", "velocity"] = "gaussian"
+    """How the KL term is computed, as `uae_kernels.flow_grpo_loss` names it."""
     scale_advantages: Literal["group", "batch", "none"] = "group"
+    """As in stage 2."""
     ema_decay: float = 0.9
     """Of the running mean of the weights, which is what evaluation and the next stage get; 0 turns it off."""
 
@@ -286,6 +324,7 @@ class EvaluateConfig:
     """What is measured on held-out images before and after each stage."""
 
     images: int = 1024
+    """Held-out images that are measured: the first so many."""
     gallery: int = 8
     """How many of them go into samples/ and the report."""
     encoders: list[str] = field(default_factory=list)
@@ -294,8 +333,10 @@ class EvaluateConfig:
 
 @dataclass
 class CheckpointConfig:
+    """When checkpoints are written, and which are kept."""
+
     every: int = 50
-    """Optimiser rollouts between checkpoints; the end of every stage has one anyway, which is never pruned."""
+    """Steps between checkpoints; the end of every stage has one anyway, which is never pruned."""
     keep: int = 2
     """Checkpoints kept besides the ends of stages."""
     keep_every: int = 0
@@ -311,6 +352,7 @@ class Config:
     run: str = "runs/tiny"
     """The run's folder; nothing is written outside it."""
     seed: int = 0
+    """Of every random draw."""
     stages: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Stages in the order they run; each starts from the end of the one before."""
     device: str = "auto"

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence, Set
 from glob import glob
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ def run_identity(config: Config) -> dict[str, Any]:
     "models.path" has the SHA-256 of each part's files, wherever they are (of a Hub repository its commit), "data.train"
     and "data.heldout" that of all files, "precision" how numbers are computed.
     """
-    found = {key: _value(config, key) for key in leaves() if key not in FREE and not key.startswith("checkpoint.")}
+    found = {key: attrgetter(key)(config) for key in leaves() if key not in FREE and not key.startswith("checkpoint.")}
     found["models.path"] = _parts(config)
     for key in ("data.train", "data.heldout"):
-        found[key] = _images(_value(config, key))
+        found[key] = _images(attrgetter(key)(config))
     found["precision"] = f"{torch.get_float32_matmul_precision()} float32 products on {run_device(config).type}"
     return found
 
@@ -101,12 +102,6 @@ def fingerprint(path: Path, without: Set[str] = frozenset()) -> str:
             digest.update(os.fsencode(file.relative_to(path).as_posix()) + b"\0")  # a name may be any bytes
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
-
-
-def _value(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
 
 
 def _difference(key: str, saved: Any, present: Any) -> str:

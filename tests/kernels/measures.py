@@ -11,3 +11,13 @@ ON_GPU = torch.cuda.is_available() and not INTERPRETED
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     a, b = a.double().cpu(), b.double().cpu()
     return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+def peak_bytes(profiler) -> int:
+    """The most that was allocated at once while a profiler with `profile_memory` looked on."""
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak

@@ -5,6 +5,7 @@ from unittest import mock
 import launches
 import pytest
 import torch
+from measures import peak_bytes
 from torch.profiler import ProfilerActivity, profile
 from uae_kernels import flow_grpo_loss, flow_step, linear_logprobs, shared_prefix_attention
 from uae_kernels.shared_prefix_attention import SPLITS
@@ -51,13 +52,8 @@ def peak_of(call):
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         kept = call()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
     del kept
-    return peak
+    return peak_bytes(profiler)
 
 
 @pytest.mark.parametrize("rows, megabytes", [(2400, 200), (16_384, 400)])

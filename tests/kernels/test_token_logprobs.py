@@ -1,5 +1,6 @@
 import pytest
 import torch
+from measures import peak_bytes
 from torch.profiler import ProfilerActivity, profile
 from uae_kernels import reference, token_logprobs
 from uae_kernels.token_logprobs import CPU_ELEMENTS
@@ -143,13 +144,8 @@ def test_memory_beside_the_logits_is_their_gradient_or_nothing(inplace):
     leaf, targets = torch.randn(n, v, requires_grad=True), torch.randint(0, v, (n,))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         token_logprobs(leaf, targets, return_entropy=True, inplace_backward=inplace)[0].sum().backward()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
     tile = CPU_ELEMENTS * 4
-    assert 0 < peak - (0 if inplace else n * v * 4) < 6 * tile < n * v * 4
+    assert 0 < peak_bytes(profiler) - (0 if inplace else n * v * 4) < 6 * tile < n * v * 4
 
 
 def test_second_derivatives_raise():

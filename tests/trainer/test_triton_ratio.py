@@ -3,11 +3,8 @@
 import sys
 
 import pytest
+from test_stages import build, examples, parameters_of
 from uae_kernels import _triton
-
-from uae_fast.data import ImageFolder
-from uae_fast.models.loading import load_models
-from uae_fast.trainer import STAGES
 
 pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
@@ -34,11 +31,9 @@ def test_the_first_ratio_is_exactly_one(world, small_config, launched, mode):
         world, f"models.decoder={mode}", "render.steps=3", "render.batch=2", "stage3.images=1", "stage3.group_size=2",
         "stage3.micro_batch=2", "stage3.window=1", "stage3.window_end=1", "data.resolution=16",
     )  # fmt: skip
-    models = load_models(config)
-    stage = STAGES[3](config, models)
-    parameters = [parameter for group in stage.groups() for parameter in group["params"]]
-    examples = ImageFolder(config.data.train, "data.train").batch(0, 1, config.seed, "stage3")
-    rollout = stage.rollout(examples, 0)
+    stage = build(3, config)
+    parameters = parameters_of(stage)
+    rollout = stage.rollout(examples(config, 3), 0)
     rollout.advantages += 1  # two drawings of one caption may be worth the same
     loss, metrics = stage.loss(rollout, slice(0, 2))
     assert metrics["ratio/mean"].item() == metrics["ratio/max"].item() == 1.0
@@ -55,10 +50,9 @@ def test_the_first_ratio_of_captions_is_exactly_one(world, small_config, launche
         world, "models.encoder=lora", "caption.max_new_tokens=4", "stage2.images=1", "stage2.group_size=2",
         "stage2.micro_batch=2", "same_sampler.accelerate=false", "render.batch=2", "data.resolution=16",
     )  # fmt: skip
-    models = load_models(config)
-    stage = STAGES[2](config, models)
-    parameters = [parameter for group in stage.groups() for parameter in group["params"]]
-    rollout = stage.rollout(ImageFolder(config.data.train, "data.train").batch(0, 1, config.seed, "stage2"), 0)
+    stage = build(2, config)
+    parameters = parameters_of(stage)
+    rollout = stage.rollout(examples(config, 2), 0)
     rollout.advantages += 1
     stage.loss(rollout, slice(0, 2))  # leaves the log-probs that the next pass must repeat
     loss, metrics = stage.loss(rollout, slice(0, 2))

@@ -28,7 +28,7 @@ from ..seeds import derive_seed
 from ..tiny.classifier import Classifier
 from ..tiny.scenes import Scene, caption_scores, read_scene
 
-Images = ImageFolder | ParquetImages
+ImageSet = ImageFolder | ParquetImages
 
 
 class Evaluator:
@@ -38,7 +38,7 @@ class Evaluator:
     the images' `captions.jsonl` does not tell (attributes, complete captions) is left null.
     """
 
-    def __init__(self, config: Config, models: Models, data: Images, folder: Path):
+    def __init__(self, config: Config, models: Models, data: ImageSet, folder: Path):
         self.config, self.models, self.folder = config, models, folder
         self.count = min(config.evaluate.images, len(data))
         self.data = data
@@ -139,7 +139,7 @@ class Evaluator:
         return found
 
 
-def batches(data: Images, count: int, size: int) -> Iterator[list[Example]]:
+def batches(data: ImageSet, count: int, size: int) -> Iterator[list[Example]]:
     """The first `count` images, `size` at once."""
     for start in range(0, count, size):
         yield [data[i] for i in range(start, min(start + size, count))]

@@ -22,7 +22,7 @@ from ..models.loading import load_image_encoder, load_image_processor, load_mode
 from ..models.sources import Source, find_sources
 from ..parquet import open_images
 from ..text import printable
-from .heldout import Images, batches, draw_examples, picture_names, to_image, write_captions
+from .heldout import ImageSet, batches, draw_examples, picture_names, to_image, write_captions
 
 PREFIX = "recon_"  # may stand before a reconstruction's name
 WHOLE = "whole"  # the folder of the drawings of captions that nothing was cut from
@@ -78,7 +78,7 @@ def evaluate(
     print(f"wrote {out}")
 
 
-def reconstruct(config: Config, models: Models, data: Images, out: Path, tokens: Sequence[int] = ()) -> None:
+def reconstruct(config: Config, models: Models, data: ImageSet, out: Path, tokens: Sequence[int] = ()) -> None:
     """Writes each image's caption and redraws it: `out/captions.jsonl`, `out/whole/NAME.png`.
 
     With the seeds of the run's own held-out measurements, so that captions and drawings are theirs.
@@ -112,7 +112,7 @@ def cut(models: Models, caption: str, tokens: int) -> str:
     return models.encoder.tokenizer.decode(models.encoder.words(caption)[:tokens]).strip()
 
 
-def count(config: Config, data: Images) -> int:
+def count(config: Config, data: ImageSet) -> int:
     return min(config.evaluate.images, len(data))
 
 
@@ -143,7 +143,7 @@ def find_reconstructions(names: Mapping[str, str], folder: Path) -> dict[str, Pa
     return chosen
 
 
-def compare(config: Config, data: Images, judges: Sequence[Source], folder: Path) -> dict[str, Any]:
+def compare(config: Config, data: ImageSet, judges: Sequence[Source], folder: Path) -> dict[str, Any]:
     """Cosine similarities of sources and reconstructions, pixels prepared as each encoder's own processor does.
 
     Returns:

@@ -20,10 +20,11 @@ class Offloader:
     Args:
         models: wherever they were loaded; hooks are put on their modules.
         device: where they compute.
+        host: where they wait.
     """
 
-    def __init__(self, models: Models, device: torch.device):
-        self.device, self.host = device, torch.device("cpu")
+    def __init__(self, models: Models, device: torch.device, host: torch.device | str = "cpu"):
+        self.device, self.host = device, torch.device(host)
         encoder, decoder = models.encoder.model, models.decoder
         vaes = [vae for vae in (decoder.vae, decoder.vae_tiny) if vae is not None]
         self.parts: dict[str, Any] = {"encoder": encoder, "decoder": nn.ModuleList([decoder.transformer, *vaes])}
@@ -40,7 +41,9 @@ class Offloader:
         for name in self.parts:
             self.move(name, self.host)
         models.projector.to(device)
-        encoders = [encoder for reward in (models.reward, models.heldout) if reward for encoder in reward.encoders]
+        encoders = [
+            image_encoder for reward in (models.reward, models.heldout) if reward for image_encoder in reward.encoders
+        ]
         for owner in (models.encoder, decoder, *encoders):
             for name, buffer in owner.named_buffers(recurse=False):
                 setattr(owner, name, buffer.to(device))

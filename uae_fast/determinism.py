@@ -16,7 +16,7 @@ def set_deterministic(wanted: bool) -> str:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]  # nothing reads it
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
         torch.backends.cudnn.benchmark = False
     return describe_determinism()
 

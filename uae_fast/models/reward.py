@@ -17,8 +17,8 @@ SOURCES = 16_384  # embeddings of source images that are kept, those used last: 
 
 
 class _Bicubic(torch.autograd.Function):
-    """Resizing with antialiasing, whose gradient is two matrix products: on a GPU PyTorch's own adds up in no fixed order,
-    and raises where `deterministic` is asked for."""
+    """Resizing with antialiasing, whose gradient is two matrix products: on a GPU PyTorch's own adds up in no fixed
+    order, and raises where `deterministic` is asked for."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -133,6 +133,18 @@ def first_non_finite(models: Models, trained: tuple[str, ...], tensors: dict[str
 # ---- memory that runs out -------------------------------------------------------------------------------------------
 
 
+ALLOCATIONS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory of the device ran out: PyTorch's, a library's, or while a CUDA graph was being recorded, whose end
+    then raises another error."""
+    if error is None:
+        return False
+    known = isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in ALLOCATIONS)
+    return known or is_out_of_memory(error.__context__)
+
+
 def shrink_micro_batch(stage: Stage) -> int:
     """Makes the micro-batch at most half as large, still a divisor of the step's samples, and frees cached memory.
 

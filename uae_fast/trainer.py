@@ -17,7 +17,15 @@ from .config import Config, ConfigError, save_config
 from .data import Example, ReadAhead
 from .determinism import set_deterministic
 from .evaluate.heldout import Evaluator
-from .guards import Interrupted, disk_failures, fetch, non_finite, shrink_micro_batch, stop_requests
+from .guards import (
+    Interrupted,
+    disk_failures,
+    fetch,
+    is_out_of_memory,
+    non_finite,
+    shrink_micro_batch,
+    stop_requests,
+)
 from .identity import differences, machine, run_identity
 from .logging import ProgressLine, RunLog, progress_words
 from .models.fp8 import NAME as FP8_NAME
@@ -225,8 +233,10 @@ def take_step(
                         rollout = stage.rollout(examples, step)
                 metrics = accumulate(stage, rollout, parameters, run.config.optimizer.max_grad_norm)
                 found = fetch({**rollout.metrics, **metrics})
-        except torch.OutOfMemoryError:
-            pass  # dealt with below, where its traceback holds no tensors any more
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # Dealt with below, where its traceback holds no tensors any more
         if found is None:
             optimizer.zero_grad()
             rollout = rollout if done else None

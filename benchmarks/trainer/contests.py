@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from uae_fast.config import Config, load_config
+from uae_fast.models.memory import CUDA_BYTES, GIB
 
 from ..kernels import harness
 from ..kernels.harness import Entry, Results, Step
@@ -72,16 +73,22 @@ def counted(case: Case) -> Case:
     return replace(case, N=settings.images * getattr(settings, "group_size", 1))
 
 
+def clear(device: str, gib: float | None = None) -> None:
+    """What earlier cases left goes; a GPU is from now on one of `gib` GiB, of which CUDA itself takes its part."""
+    gc.collect()
+    if device == "cuda":
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * GIB - CUDA_BYTES) / whole) if gib else 1.0)
+
+
 class Contest(harness.Contest):
     """A contest whose full-size cases are rows with a reason where there is no GPU."""
 
     alone = False
 
     def __init__(self, op: ModuleType, case: Case):
-        gc.collect()
-        if case.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.0)
+        clear(case.device)
         if case.preset == TINY or case.device == "cuda":
             super().__init__(op, case)
             return

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from uae_fast.guards import StopRequest
+from uae_fast.guards import RunFailed, StopRequest
 from uae_fast.optim import RunningMean, build_optimizer
 from uae_fast.run import Position
 from uae_fast.speed import Speed
@@ -21,7 +21,7 @@ from uae_fast.trainer import take_step
 from ..kernels import harness
 from ..kernels.harness import Contestant, Entry, WrongResults, explain, peak_and_flops
 from ..rows import OURS, Row
-from .contests import NEEDS_A_GPU, TINY, Case
+from .contests import NEEDS_A_GPU, TINY, Case, clear
 from .contests import cases as make_cases
 from .worlds import prepare
 
@@ -60,11 +60,12 @@ class Contest(harness.Contest):
         if case.preset != TINY and case.device != "cuda":
             self.entry.reason = NEEDS_A_GPU
             return
+        clear(case.device, PRESETS.get(case.preset))
         try:
             self.taker = Taker(case)
             self.taker.take()  # what is made once
             self.entry.peak_bytes, self.entry.flops = peak_and_flops(self.taker.take, case.device)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, RunFailed) as error:
             self.entry.reason = explain(error)
 
     def time(self, key: str, benchmark: Any) -> str | None:
@@ -84,6 +85,7 @@ class Contest(harness.Contest):
             "stage": self.case.stage,
             "seconds": {name[8:]: value for name, value in medians.items() if name.startswith("seconds/")},
             "peak_gb": medians.get("memory/peak_gb"),
+            "micro_batch": medians.get("micro_batch"),
             **{name: medians.get(name) for name in ("images_per_second", "tokens_per_second", "mfu")},
         }
         return [self._row(self.entry) | own | environment]
@@ -94,10 +96,6 @@ class Taker:
 
     def __init__(self, case: Case):
         config = case.config()
-        limit = PRESETS.get(case.preset)
-        if case.device == "cuda":
-            whole = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / whole) if limit else 1.0)
         self.ready = prepare(case.stage, config)
         stage = self.ready.stage
         self.optimizer = build_optimizer(stage.groups(), config.optimizer)
@@ -118,10 +116,11 @@ class Taker:
         examples = self.ready.data.batch(self.step, stage.settings.images, config.seed, stage.name)
         values, bad = take_step(stage, examples, self.step, self.optimizer, self.mean, self.run)
         self.speed.measure(values)
+        values["micro_batch"] = stage.settings.micro_batch  # less than configured where memory ran out
         self.step += 1
         if bad:
             raise WrongResults(f"{stage.name}: not finite: {', '.join(bad)}")
         if values.get("ratio/max", 1.0) != 1.0 or values.get("ratio/mean", 1.0) != 1.0:
             raise WrongResults(f"{stage.name}: the first update's ratio is {values['ratio/mean']}, not 1")
-        wanted = ("seconds/", "images_per", "tokens_per", "mfu", "memory/")
+        wanted = ("seconds/", "images_per", "tokens_per", "mfu", "memory/", "micro_batch")
         return {name: value for name, value in values.items() if name.startswith(wanted)}

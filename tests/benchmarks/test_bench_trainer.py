@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.kernels.harness import WrongResults
 from benchmarks.rows import OURS, environment
-from benchmarks.trainer import learning, stage2_update, stage3_update, steps
+from benchmarks.trainer import contests, learning, stage2_update, stage3_update, steps
 from benchmarks.trainer.contests import NEEDS_A_GPU
 from benchmarks.trainer.test_speed import OPS
 
@@ -132,3 +132,14 @@ def test_a_learning_run_ends_with_its_time_and_goes_on_where_it_is_missing(world
     learning.plot([row, other], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert learning.at([(0.0, 1.0), (2.0, 2.0)], 1.0) == 1.5 and learning.at([(0.0, 1.0), (2.0, 2.0)], 3.0) == 2.0
+
+
+def test_a_card_holds_what_cuda_leaves_of_it(monkeypatch):
+    caps, whole = [], SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: whole)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", caps.append)
+    for gib in (24, 16, None, 96):
+        contests.clear("cuda", gib)
+    assert caps == [pytest.approx((24 - 0.8) / 80), pytest.approx((16 - 0.8) / 80), 1.0, 1.0]
+    contests.clear("cpu", 24)
+    assert len(caps) == 4

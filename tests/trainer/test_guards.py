@@ -215,14 +215,25 @@ def test_an_update_fetches_its_numbers_at_once(make, monkeypatch):
 # ---- memory that runs out -------------------------------------------------------------------------------------------
 
 
-def run_out(monkeypatch, cls, method, largest, first_call=1):
+def lack(kind="PyTorch"):
+    """Raises what comes of too little memory: PyTorch's, a library's, or the end of a recording that failed for it."""
+    if kind == "library":
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    finally:
+        if kind == "recording":
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+def run_out(monkeypatch, cls, method, largest, first_call=1, kind="PyTorch"):
     """From a call on, a method has memory for micro-batches of at most `largest`."""
     original, calls = getattr(cls, method), []
 
     def limited(self, *arguments):
         calls.append(self.settings.micro_batch)
         if self.settings.micro_batch > largest and len(calls) >= first_call:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            lack(kind)
         return original(self, *arguments)
 
     monkeypatch.setattr(cls, method, limited)
@@ -257,6 +268,16 @@ def test_out_of_memory_halves_the_micro_batch(make, monkeypatch, capsys, number,
     ours.rename(run / "ending")
     train(make(number, steps, run="large"), resume=True)  # with memory enough again
     assert differing_tensors(run / "ending", ours) == []
+
+
+@pytest.mark.parametrize("kind", ["library", "recording"])
+def test_memory_runs_out_under_other_names(make, monkeypatch, capsys, kind):
+    run_out(monkeypatch, STAGE[3], "rollout", 2, kind=kind)
+    train(make(3, "stage3.steps=1", run="large"))
+    assert "out of memory: stage3.micro_batch goes from 4 to 2\n" in capsys.readouterr().out
+    monkeypatch.setattr(STAGE[3], "rollout", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        train(make(3, "stage3.steps=1", run="wrong"))
 
 
 def test_running_out_in_a_later_update_repeats_that_update_alone(make, monkeypatch):

@@ -256,20 +256,16 @@ def _outputs(q: Tensor, q2: Tensor | None) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:2], width), q.new_empty(q.shape[0], 0 if q2 is None else q2.shape[1], width)
 
 
-@torch.library.custom_op("uae_kernels::segment_attention", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q2: Tensor | None,
-    k2: Tensor | None,
-    v2: Tensor | None,
-    q2_weight: Tensor | None,
-    k2_weight: Tensor | None,
-    packed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, "
+    "Tensor? q2, Tensor? k2, Tensor? v2, Tensor? q2_weight, Tensor? k2_weight, Tensor packed"
+)
+
+
+@torch.library.custom_op(
+    "uae_kernels::segment_attention", mutates_args=(), schema=f"({INPUTS}) -> (Tensor, Tensor, Tensor)"
+)
+def _forward(q, k, v, q_weight, k_weight, q2, k2, v2, q2_weight, k2_weight, packed):
     """Each segment's result, and log₂ Σ 2^score of each query, (B, H, S)."""
     scale, eps = unpack(packed)
     parts = _Segments.of([q, k, v, q_weight, k_weight], [q2, k2, v2, q2_weight, k2_weight])
@@ -290,25 +286,15 @@ def _(q, k, v, q_weight, k_weight, q2, *_):
     return *_outputs(q, q2), q.new_empty(q.shape[0], q.shape[2], tokens, dtype=torch.float32)
 
 
-@torch.library.custom_op("uae_kernels::segment_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "uae_kernels::segment_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor grad2, {INPUTS}, Tensor out, Tensor out2, Tensor lses) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _backward(
-    grad: Tensor,
-    grad2: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q2: Tensor | None,
-    k2: Tensor | None,
-    v2: Tensor | None,
-    q2_weight: Tensor | None,
-    k2_weight: Tensor | None,
-    packed: Tensor,
-    out: Tensor,
-    out2: Tensor,
-    lses: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad, grad2, q, k, v, q_weight, k_weight, q2, k2, v2, q2_weight, k2_weight, packed, out, out2, lses
+):  # fmt: skip
     """The gradients of q, k and v of each segment; no elements for one that is not there."""
     scale, eps = unpack(packed)
     parts = _Segments.of([q, k, v, q_weight, k_weight], [q2, k2, v2, q2_weight, k2_weight])

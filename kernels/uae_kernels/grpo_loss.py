@@ -551,12 +551,12 @@ def _forward_torch(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Slopes are (1, B, T), or for ratios of sequences (2, B, T): in the mean log-ratio, and in the token itself.
     """
     n, dtype = Numbers(*unpack(x.packed)), compute_dtype(x.logprobs)
-    shape, m = x.logprobs.shape, x.keep()
+    shape, m, zero = x.logprobs.shape, x.keep(), x.logprobs.new_zeros((), dtype=dtype)  # a number would be converted
     tokens = m.sum(1, keepdim=True)
     length = tokens.clamp(min=1)
 
     def floored(y: Tensor) -> Tensor:
-        return torch.where(m, y.to(dtype), 0).clamp_(min=MIN_LOGPROB)
+        return torch.where(m, y.to(dtype), zero).clamp_(min=MIN_LOGPROB)
 
     a = x.advantages
     if a is None:
@@ -564,7 +564,7 @@ def _forward_torch(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         a = reference.group_advantages(x.rewards, x.group_size)
     a = a.to(dtype)
     zero_std = zero_std_fraction(a, m, x.group_size)
-    a = torch.where(tokens > 0, a[:, None], 0) if a.dim() == 1 else torch.where(m, a, 0)
+    a = torch.where(tokens > 0, a[:, None], zero) if a.dim() == 1 else torch.where(m, a, zero)
 
     logp = floored(x.logprobs)
     old = logp if x.old_logprobs is None else floored(x.old_logprobs)
@@ -590,7 +590,7 @@ def _forward_torch(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if x.graph:
             # As autograd has it: a tie's gradient goes to both sides by halves, and at a bound the slope is 1.
             if n.delta == math.inf:
-                d_ratio = torch.where(free <= clipped, -a, 0)
+                d_ratio = torch.where(free <= clipped, -a, zero)
             else:
                 to_free = torch.where(free == clipped, 0.5, (free < clipped).to(dtype))
                 d_ratio = torch.where(ratio <= n.delta, to_free, 0) + torch.where(low | high, 0, 1 - to_free)
@@ -642,26 +642,26 @@ def _forward_torch(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         value.add_(n.beta * kl)
         d_logp = _plus(d_logp, n.beta * d_kl) if x.graph else None
 
-    per_token = torch.where(m, value, 0)
+    per_token = torch.where(m, value, zero)
     sums = (value if x.loss_type == "luspo_legacy" else per_token).sum(1, keepdim=True)
     normalizer = n.normalizer if x.normalizer is None else x.normalizer
     loss = (sums * shares(tokens, x.loss_type, normalizer, shape[1], x.max_length, sums)).sum()
     if x.entropies is not None:
         loss = loss - n.coef * (torch.where(chosen, x.entropies.to(dtype), 0).sum() / chosen.sum().clamp(min=1))
 
-    counted, nothing = torch.where(m, ratio, 0), loss.new_zeros(())
+    counted = torch.where(m, ratio, zero)
     of_tokens = (
-        nothing if kl is None else kl.sum(),  # 0 where masked
+        zero if kl is None else kl.sum(),  # 0 where masked
         counted.sum(),
-        nothing if low is None else (low & ((a < 0) & m)).sum().to(dtype),
-        nothing if high is None else (high & ((a > 0) & m)).sum().to(dtype),
+        zero if low is None else torch.count_nonzero(low & ((a < 0) & m)).to(dtype),
+        zero if high is None else torch.count_nonzero(high & ((a > 0) & m)).to(dtype),
     )
     kl_mean, ratio_mean, *fractions = (torch.stack(of_tokens) / tokens.sum().clamp(min=1)).unbind()
-    largest = counted.amax() if counted.numel() else nothing
+    largest = counted.amax() if counted.numel() else zero
     metrics = torch.stack([kl_mean, ratio_mean, largest, *fractions, zero_std])
     if not x.graph:
         return loss, per_token, metrics, loss.new_empty(0)
-    return loss, per_token, metrics, _slopes(x, m, d_ratio, d_logp, torch.where(level == near, ratio, 0))
+    return loss, per_token, metrics, _slopes(x, m, d_ratio, d_logp, torch.where(level == near, ratio, zero))
 
 
 def _plus(x: Tensor | None, y: Tensor) -> Tensor:

@@ -430,7 +430,8 @@ def _backward_torch(
         else:
             exact = std == 0
             pull = torch.where(exact, 0, pull / (size * torch.where(exact, 1, std).square()))
-        mean = torch.addcmul(a * x.to(dtype), b, guided(step.velocity, v_u, n.guidance_scale, dtype))
+        v = guided(step.velocity, v_u, n.guidance_scale, dtype)
+        mean = (v * b if v_u is None else v.mul_(b)).addcmul_(a, x.to(dtype))
         d_mean = torch.sub(step.next_sample, mean, out=mean).mul_(pull)
         if step.ref_velocity is not None and n.beta != 0:
             g = 2 * n.beta / size * (1 if v_u is None else n.guidance_scale)
@@ -441,20 +442,23 @@ def _backward_torch(
                 width = std if step.kl == "gaussian" else s
                 exact = width == 0
                 d_mean.addcmul_(d, torch.where(exact, 0, b / (2 * torch.where(exact, 1, width).square())))
+    alone = d_mean is not None and sum(needs) == 1 and d_guided is None  # its memory becomes the result's
     for y in (grad_mean, grad_next):
         if y is not None:
+            alone = False
             d_mean = y if d_mean is None else d_mean + y
     if d_mean is None:
         d_mean = torch.zeros(x.shape, dtype=dtype, device=x.device)
     guide = 1 if v_u is None else n.guidance_scale
     grads = []
     for like, need, factor in zip(step[:3], needs, (guide, 1 - guide, None), strict=True):
+        slope = a if factor is None else factor * b
         if like is None or not need:
             d = x.new_empty(0)
-        elif factor is None:
-            d = d_mean * a
+        elif factor is None or d_guided is None:
+            d = d_mean.mul_(slope) if alone else d_mean * slope
         else:
-            d = d_mean * (factor * b) if d_guided is None else (d_mean * b).add_(d_guided).mul_(factor)
+            d = (d_mean * b).add_(d_guided).mul_(factor)
         grads.append(d.to(x.dtype if like is None else like.dtype).contiguous())
     return tuple(grads)
 

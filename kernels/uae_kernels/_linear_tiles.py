@@ -40,11 +40,15 @@ class _Head:
     def chunks(self) -> Iterator[tuple[int, int, Tensor]]:
         """(first token, one past the last, their piece of the weight): (columns, H), both aligned."""
         vocabulary, width = self.weight.shape
-        buffer = self.weight.new_zeros(min(self.columns, _aligned(vocabulary)), self.width, dtype=self.operand)
+        buffer: Tensor | None = None
         for start in range(0, vocabulary, self.columns):
             stop = min(start + self.columns, vocabulary)
             chunk = self.weight[start:stop]
             if chunk.dtype != self.operand or chunk.shape != (_aligned(stop - start), self.width):
+                if buffer is None:
+                    buffer = self.weight.new_zeros(
+                        min(self.columns, _aligned(vocabulary)), self.width, dtype=self.operand
+                    )
                 buffer[: stop - start, :width] = chunk
                 chunk = buffer[: _aligned(stop - start)]
                 chunk[stop - start :] = 0

@@ -551,12 +551,12 @@ def _forward_torch(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Slopes are (1, B, T), or for ratios of sequences (2, B, T): in the mean log-ratio, and in the token itself.
     """
     n, dtype = Numbers(*unpack(x.packed)), compute_dtype(x.logprobs)
-    shape, m = x.logprobs.shape, x.keep()
+    shape, m, zero = x.logprobs.shape, x.keep(), x.logprobs.new_zeros((), dtype=dtype)  # a number would be converted
     tokens = m.sum(1, keepdim=True)
     length = tokens.clamp(min=1)
 
     def floored(y: Tensor) -> Tensor:
-        return torch.where(m, y.to(dtype), 0).clamp_(min=MIN_LOGPROB)
+        return torch.where(m, y.to(dtype), zero).clamp_(min=MIN_LOGPROB)
 
     a = x.advantages
     if a is None:
@@ -564,13 +564,14 @@ def _forward_torch(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         a = reference.group_advantages(x.rewards, x.group_size)
     a = a.to(dtype)
     zero_std = zero_std_fraction(a, m, x.group_size)
-    a = torch.where(tokens > 0, a[:, None], 0) if a.dim() == 1 else torch.where(m, a, 0)
+    a = torch.where(tokens > 0, a[:, None], zero) if a.dim() == 1 else torch.where(m, a, zero)
 
     logp = floored(x.logprobs)
     old = logp if x.old_logprobs is None else floored(x.old_logprobs)
-    level = log_ratio = logp - old
+    spent = old is not logp and x.sampling_logprobs is None and n.threshold is None  # new memory costs more than a pass
+    level = log_ratio = torch.sub(logp, old, out=old if spent else None)
     if x.importance_level == "sequence":
-        level = log_ratio.sum(1, keepdim=True) / length
+        level = (log_ratio.sum(1, keepdim=True) / length).expand(shape)
     near = level.clamp(-MAX_EXPONENT, MAX_EXPONENT)
     ratio = near.exp()
 
@@ -585,16 +586,16 @@ def _forward_torch(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if x.loss_type in CLIPPED:
         low, high = ratio < 1 - n.clip_low, ratio > 1 + n.clip_high
         free = (ratio if n.delta == math.inf else ratio.clamp(max=n.delta)) * a
-        clipped = ratio.clamp(1 - n.clip_low, 1 + n.clip_high) * a
-        value = torch.minimum(free, clipped).neg_()
+        clipped = ratio.clamp(1 - n.clip_low, 1 + n.clip_high).mul_(a)
         if x.graph:
             # As autograd has it: a tie's gradient goes to both sides by halves, and at a bound the slope is 1.
             if n.delta == math.inf:
-                d_ratio = torch.where(free <= clipped, -a, 0)
+                d_ratio = torch.where(free <= clipped, -a, zero)
             else:
                 to_free = torch.where(free == clipped, 0.5, (free < clipped).to(dtype))
                 d_ratio = torch.where(ratio <= n.delta, to_free, 0) + torch.where(low | high, 0, 1 - to_free)
                 d_ratio = d_ratio * -a
+        value = torch.minimum(free, clipped, out=clipped).neg_()
     elif x.loss_type == "cispo":
         high = ratio > n.clip_high
         d_logp = ratio.clamp(max=n.clip_high) * -a
@@ -624,41 +625,43 @@ def _forward_torch(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     value, d_ratio, d_logp = weighed(value), weighed(d_ratio), weighed(d_logp)
     kl = None
     if x.ref_logprobs is not None:
-        y = floored(x.ref_logprobs) - logp  # the x of the estimators
+        y = floored(x.ref_logprobs).sub_(logp)  # the x of the estimators
         if x.kl_estimator == "k1":
-            kl, d_kl = -y, torch.full_like(y, -1).neg_()
+            kl, d_kl = -y, torch.ones_like(y)
         elif x.kl_estimator == "k2":
             kl, d_kl = 0.5 * y.square(), -y
         else:
             bounded = y.clamp(max=MAX_EXPONENT)
             d_kl = torch.expm1(bounded)
-            kl = d_kl - bounded
-            d_kl = d_kl.masked_fill_(y != bounded, 0).neg_() if x.graph else d_kl
+            far = y != bounded
+            kl = torch.sub(d_kl, bounded, out=bounded)
+            d_kl.masked_fill_(far, 0).neg_()
             if x.kl_estimator == "k3_importance":
                 d_ratio = _plus(d_ratio, n.beta * kl)
                 kl, d_kl = kl * ratio, d_kl * ratio
-        value = value + n.beta * kl
-        d_logp = _plus(d_logp, n.beta * d_kl)
+        value.add_(n.beta * kl)
+        d_logp = _plus(d_logp, n.beta * d_kl) if x.graph else None
 
-    value = value.expand(shape)
-    per_token = torch.where(m, value, 0)
+    per_token = torch.where(m, value, zero)
     sums = (value if x.loss_type == "luspo_legacy" else per_token).sum(1, keepdim=True)
     normalizer = n.normalizer if x.normalizer is None else x.normalizer
     loss = (sums * shares(tokens, x.loss_type, normalizer, shape[1], x.max_length, sums)).sum()
     if x.entropies is not None:
         loss = loss - n.coef * (torch.where(chosen, x.entropies.to(dtype), 0).sum() / chosen.sum().clamp(min=1))
 
-    counted, nothing = torch.where(m, ratio, 0), loss.new_zeros(())
+    counted = torch.where(m, ratio, zero)
     of_tokens = (
-        nothing if kl is None else kl.sum(),  # 0 where masked
+        zero if kl is None else kl.sum(),  # 0 where masked
         counted.sum(),
-        nothing if low is None else (low & ((a < 0) & m)).sum().to(dtype),
-        nothing if high is None else (high & ((a > 0) & m)).sum().to(dtype),
+        zero if low is None else torch.count_nonzero(low & ((a < 0) & m)).to(dtype),
+        zero if high is None else torch.count_nonzero(high & ((a > 0) & m)).to(dtype),
     )
     kl_mean, ratio_mean, *fractions = (torch.stack(of_tokens) / tokens.sum().clamp(min=1)).unbind()
-    largest = counted.amax() if counted.numel() else nothing
+    largest = counted.amax() if counted.numel() else zero
     metrics = torch.stack([kl_mean, ratio_mean, largest, *fractions, zero_std])
-    return loss, per_token, metrics, _slopes(x, m, d_ratio, d_logp, torch.where(level == near, ratio, 0))
+    if not x.graph:
+        return loss, per_token, metrics, loss.new_empty(0)
+    return loss, per_token, metrics, _slopes(x, m, d_ratio, d_logp, torch.where(level == near, ratio, zero))
 
 
 def _plus(x: Tensor | None, y: Tensor) -> Tensor:
@@ -672,10 +675,8 @@ def _moves(x: Inputs, m: Tensor) -> Tensor:
 
 def _slopes(x: Inputs, m: Tensor, d_ratio: Tensor | None, d_logp: Tensor | None, d_level: Tensor) -> Tensor:
     """What `_forward_torch` saves, 0 where no gradient may come from; `d_level` is the slope of r in the log-ratio."""
-    if not x.graph:
-        return d_level.new_empty(0)
     sequences = x.importance_level == "sequence"
-    through = None if d_ratio is None else d_ratio * d_level
+    through = None if d_ratio is None else d_level.mul_(d_ratio)
     if sequences:
         slopes = d_level.new_zeros(2, *m.shape)
         if through is not None:

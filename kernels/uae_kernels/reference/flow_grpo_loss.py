@@ -43,7 +43,7 @@ def flow_grpo_loss(
     sigmas = sigma, sigma_next, sigma_next if sigma_max is None else sigma_max
     columns = (per_sample(value, sample).to(dtype).view(-1, *[1] * (sample.dim() - 1)) for value in sigmas)
     a, b, std, s = coefficients(columns, kind, noise_level)
-    mean = torch.addcmul(a * sample.to(dtype), b, v)
+    mean = (a * sample.to(dtype)).addcmul_(b, v)
     logp = log_density(next_sample.detach().to(mean.dtype), mean, std, log_prob)
 
     advantage, _, ratio, free, clipped = surrogates(

@@ -57,9 +57,8 @@ def flow_step(
     elif deterministic:
         next_sample = mean
     else:
-        if noise is None:
-            noise = draw(sample, seed)
-        next_sample = torch.addcmul(mean, std, noise.to(dtype))
+        noise = draw(sample, seed) if noise is None else noise.clone()
+        next_sample = noise.to(dtype).mul_(std).add_(mean)
     if deterministic:
         return FlowStep(next_sample, None, mean, std)
     # The action is a constant of the policy gradient: only the mean carries one.
@@ -87,7 +86,7 @@ def transition(
     """Mean (B, ...), standard deviation and diffusion coefficient (B, 1, ..., 1) of p(x' | x); σ's are (B,)."""
     sigmas = (s.to(v.dtype).view(-1, *[1] * (x.dim() - 1)) for s in (sigma, sigma_next, sigma_max))
     a, b, std, s = coefficients(sigmas, kind, noise_level)
-    return torch.addcmul(a * x, b, v), std, s
+    return (a * x).addcmul_(b, v), std, s
 
 
 def coefficients(sigmas: Iterable[Tensor], kind: str, noise_level: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

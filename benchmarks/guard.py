@@ -160,8 +160,11 @@ def differences(before: Counts, after: Counts) -> list[str]:
         old, new = before.get(name, {}), after.get(name, {})
         if not old or not new:
             words.append(f"{name}: {'new' if new else 'gone'}")
-        for key in sorted(old.keys() & new.keys()):
-            if old[key] != new[key]:
+            continue
+        for key in sorted(old.keys() | new.keys()):
+            if key not in old or key not in new:
+                words.append(f"{name}: {key} {'new' if key in new else 'gone'}")
+            elif old[key] != new[key]:
                 change = f" ({new[key] / old[key] - 1:+.2%})" if old[key] else ""
                 way = "rose" if new[key] > old[key] else "fell"
                 words.append(f"{name}: {key} {way} from {old[key]:,} to {new[key]:,}{change}")

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from uae_fast.cli import quiet_libraries
 from uae_fast.config import Config, load_config, preset_names
+from uae_fast.speed import drawing_passes
 
 from .gpus import GPUS, find
 from .kernels import predicted
@@ -80,7 +81,10 @@ def step_floors(gpu: str, preset: str, rows: Iterable[Row] = ()) -> Iterator[Flo
 
 
 def passes(config: Config, number: int) -> tuple[int, int]:
-    """How often a stage's step reads the weights of encoder and decoder, at least."""
+    """How often a stage's step reads the weights of encoder and decoder, at least.
+
+    A guided level is one pass of a doubled batch.
+    """
     settings: Any = getattr(config, f"stage{number}")
     micro = settings.images * getattr(settings, "group_size", 1) // settings.micro_batch
     if number == 0:
@@ -89,9 +93,16 @@ def passes(config: Config, number: int) -> tuple[int, int]:
         return micro, micro * settings.sampler_steps
     written = config.caption.max_new_tokens + 2  # prompts, tokens, and the captions read again
     if number == 2:
-        drawn = -(-settings.images * settings.group_size // config.render.batch) * config.render.steps
+        drawn = batches(settings.images * settings.group_size, config) * drawing_passes(config)[0]
         return written + micro * (1 + settings.updates), drawn
-    return written, config.render.steps + micro * settings.window * settings.updates
+    shared = (settings.window_end - settings.window) // 2  # steps before the window, which a group's drawings share
+    rows = settings.images * settings.group_size
+    drawn = shared * batches(settings.images, config) + (config.render.steps - shared) * batches(rows, config)
+    return written, drawn + micro * settings.window * settings.updates
+
+
+def batches(rows: int, config: Config) -> int:
+    return -(-rows // config.render.batch)
 
 
 def in_steps(row: Row, gpu: str) -> bool:

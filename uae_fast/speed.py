@@ -19,6 +19,7 @@ from torch import nn
 
 from .config import Config
 from .models import Models
+from .rollout.renders import Shortcuts
 from .stages import Stage
 
 # FLOP/s of dense bf16 products by the maker's data sheets; the first name that the device's contains
@@ -105,6 +106,19 @@ def image_tokens(models: Models, resolution: int) -> int:
     return (decoder.latent_shape(resolution)[1] // decoder.transformer.config.patch_size) ** 2
 
 
+def drawing_passes(config: Config) -> tuple[int, int]:
+    """Forward passes of an image that stage 2 rewards: the prompt's, and the unconditional ones.
+
+    A cheaper sampler leaves some out; what stages 1 and 3 draw takes all.
+    """
+    cheaper = config.cheaper_sampler
+    steps = cheaper.steps or config.render.steps
+    shortcuts = Shortcuts(cheaper.guided_part, tuple(cheaper.reuse))
+    computed = [step for step in range(steps) if step not in shortcuts.reuse]
+    guided = [step for step in computed if shortcuts.guides(step, steps)]
+    return len(computed), len(guided) * (config.render.guidance_scale != 1)
+
+
 def step_flops(number: int, config: Config, sizes: Sizes, image: int, values: dict[str, float]) -> float:
     """What one step of a stage is worth.
 
@@ -132,9 +146,8 @@ def step_flops(number: int, config: Config, sizes: Sizes, image: int, values: di
     prompts = images * sizes.read(prompt)
     if number == 2:
         captions = rows * sizes.read(caption, prompt)
-        unguided = int(config.render.guidance_scale != 1)
         written = prompts + captions + rows * caption * sizes.head
-        drawn = rows * (condition + steps * (1 + unguided) * velocity)
+        drawn = rows * (condition + sum(drawing_passes(config)) * velocity)
         passes = reference + settings.updates * trained["encoder"]
         heads = reference + settings.updates * 2
         return written + drawn + passes * (prompts + captions) + heads * rows * caption * sizes.head

@@ -87,6 +87,9 @@ def test_every_difference_is_named():
         "op: bytes fell from 1,000 to 999 (-0.10%)"
     ]
     assert guard.differences(before, before) == []
+    assert guard.differences({"op": {"launches": 1, "bytes": 2}}, {"op": {"launches": 1, "kernels": 2}}) == [
+        "op: bytes gone", "op: kernels new",
+    ]  # fmt: skip
 
 
 def test_the_command_compares_and_updates(tmp_path, monkeypatch, capsys):

@@ -187,6 +187,12 @@ def test_passes_by_hand():
     # 64 captions: prompts, 20 tokens, re-reading, 4 micro-batches forward and backward; 7 batches at 8 levels
     assert roofline.passes(config, 2) == (22 + 8, 56)
     assert roofline.passes(config, 1) == (1, 8)
+    config.cheaper_sampler.steps, config.cheaper_sampler.reuse = 6, [2, 4]
+    assert roofline.passes(config, 2) == (22 + 8, 28)
+    config.stage3.images, config.stage3.group_size, config.stage3.micro_batch = 16, 8, 32
+    config.stage3.window, config.stage3.window_end, config.stage3.updates = 2, 7, 3
+    # Two steps shared by a group: 16 drawings, 2 batches; six of 128, 13 batches; 4 micro-batches of 2 steps, thrice
+    assert roofline.passes(config, 3) == (22, 2 * 2 + 6 * 13 + 4 * 2 * 3)
 
 
 def test_peaks_are_those_of_the_trainers_share():

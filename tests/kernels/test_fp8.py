@@ -1,6 +1,7 @@
 """Products in e4m3, alone and in SD3 transformers; emulated in fp32 on the CPU."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -21,7 +22,7 @@ from uae_kernels.mmdit import (
     restore_sd3,
 )
 from uae_kernels.mmdit import fp8 as fp8_ops
-from uae_kernels.mmdit.calibration import passes
+from uae_kernels.mmdit.calibration import _spread, passes
 from uae_kernels.mmdit.products import InFp8, fingerprint, products, static
 
 LEVELS = (900.0, 711.0, 300.0)
@@ -282,6 +283,39 @@ def test_the_sweep_tries_each_product_alone():
         error = relative_error(accelerate_sd3(model, fp8=one)(**runs[0]).sample, exact)
         restore_sd3(model)
         assert error == pytest.approx(made.errors[name] if name else made.error, rel=1e-4, abs=1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sweep", [1, 2, 5])
+def test_batches_do_not_decide_which_levels_are_tried(sweep):
+    """Of one set of drawings: as it is, in two and in four batches, level by level or batch by batch."""
+    model, levels = sd3.transformer("large"), torch.linspace(900.0, 100.0, 8).tolist()
+    first = drawn(2, levels=levels)
+    made = [
+        calibrate(model, runs, sweep=sweep)
+        for runs in (first, first * 2, first * 4, [run for run in first for _ in range(3)])
+    ]
+    assert len(set(made[0].errors.values())) > 3
+    assert all(other.errors == made[0].errors and other.fallback == made[0].fallback for other in made[1:])
+    tried = [i % 8 for i in _spread(levels * 4, sweep)]
+    assert tried == {1: [4], 2: [2, 6], 5: [0, 2, 4, 5, 7]}[sweep]
+    assert passes(model, first * 4, sweep) == 32 + sweep * (len(products(model)) + 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), None])
+def test_scales_that_are_none_are_refused(value):
+    model = sd3.transformer("large")
+    made = calibrate(model, drawn(), sweep=1)
+    name = next(iter(made.scales))
+    broken = made.scales[name].clone()
+    if value is None:
+        broken = broken[1:]
+    else:
+        broken[1] = value
+    made = dataclasses.replace(made, scales=made.scales | {name: broken})
+    with pytest.raises(ValueError, match=f"no positive scale at each level for {name}"):
+        accelerate_sd3(model, fp8=made)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from test_cheaper_sampler import CHEAPER, weights
 
 from uae_fast.cli import main
 from uae_fast.config import load_config
-from uae_fast.evaluate import gates
+from uae_fast.evaluate import agreement, gates
 from uae_fast.models.loading import load_models
 
 
@@ -25,64 +26,66 @@ LENGTHS = torch.arange(8).repeat(40, 1) * 5
 
 def test_ranks_with_ties():
     values = torch.tensor([[0.3, 0.1, 0.3, 0.9], [2.0, 2.0, 2.0, 2.0], [4.0, 3.0, 2.0, 1.0]])
-    assert gates.ranks(values).tolist() == [[2.5, 1, 2.5, 4], [2.5, 2.5, 2.5, 2.5], [4, 3, 2, 1]]
+    assert agreement.ranks(values).tolist() == [[2.5, 1, 2.5, 4], [2.5, 2.5, 2.5, 2.5], [4, 3, 2, 1]]
 
 
 def test_spearman_by_hand():
     """1 − 6Σd²/(n(n²−1)) without ties; with them Pearson's correlation of the mean ranks, as SciPy's spearmanr."""
     a = torch.tensor([[1.0, 2, 3, 4, 5]])
     b = torch.tensor([[5.0, 6, 7, 8, 7]])  # ranks 1, 2, 3.5, 5, 3.5
-    found = gates.correlation(gates.ranks(a), gates.ranks(b))
+    found = agreement.correlation(agreement.ranks(a), agreement.ranks(b))
     assert found.item() == pytest.approx(0.8207826816681233)
     swapped = torch.tensor([[2.0, 1, 3, 4, 5]])
-    assert gates.correlation(gates.ranks(a), gates.ranks(swapped)).item() == pytest.approx(1 - 6 * 2 / (5 * 24))
+    found = agreement.correlation(agreement.ranks(a), agreement.ranks(swapped))
+    assert found.item() == pytest.approx(1 - 6 * 2 / (5 * 24))
 
 
 def test_spearman_as_scipy_has_it():
     stats = pytest.importorskip("scipy.stats")
     a, b = (rewards(seed).mul(6).round() for seed in (0, 1))  # many ties
-    found = gates.correlation(gates.ranks(a), gates.ranks(b))
+    found = agreement.correlation(agreement.ranks(a), agreement.ranks(b))
     expected = [stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_an_order_is_all_that_spearman_sees():
     reference = rewards()
-    found = gates.agreement(reference, reference.exp() * 3 - 1, LENGTHS)
+    found = agreement.agreement(reference, reference.exp() * 3 - 1, LENGTHS)
     assert found["spearman"] == pytest.approx(1) and found["cosine"] < 0.999
-    assert gates.agreement(reference, -reference, LENGTHS)["spearman"] == pytest.approx(-1)
-    noise = gates.agreement(reference, rewards(1), LENGTHS)
+    assert agreement.agreement(reference, -reference, LENGTHS)["spearman"] == pytest.approx(-1)
+    noise = agreement.agreement(reference, rewards(1), LENGTHS)
     assert abs(noise["spearman"]) < 4 * noise["spearman_stderr"] and noise["spearman_stderr"] < 0.1
 
 
 def test_scale_and_offset_of_a_group_do_not_matter():
     reference = rewards()
-    found = gates.agreement(reference, 0.5 * reference + torch.rand(40, 1), LENGTHS)
+    found = agreement.agreement(reference, 0.5 * reference + torch.rand(40, 1), LENGTHS)
     assert found["cosine"] == pytest.approx(1) and found["sign"] == 1
 
 
 def test_signs_by_hand():
     reference = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    found = gates.agreement(reference, torch.tensor([[0.0, 1.0, 1.0, 1.0]]), torch.ones(1, 4))
+    found = agreement.agreement(reference, torch.tensor([[0.0, 1.0, 1.0, 1.0]]), torch.ones(1, 4))
     assert found["sign"] == 0.75
     assert found["cosine"] == pytest.approx(1 / math.sqrt(3), abs=1e-6)  # (−1, −1, 1, 1)·(−3, 1, 1, 1)
     assert found["length_slope"] is None  # captions of one length
 
 
 def test_standard_errors_are_over_groups():
-    mean, error = gates.mean_error(torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64))
+    mean, error = agreement.mean_error(torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64))
     assert mean == 3 and error == pytest.approx(math.sqrt(14 / 3) / 2)
-    assert gates.mean_error(torch.tensor([1.0])) == (1, None) and gates.mean_error(torch.tensor([])) == (None, None)
+    assert agreement.mean_error(torch.tensor([1.0])) == (1, None)
+    assert agreement.mean_error(torch.tensor([])) == (None, None)
 
 
 def test_groups_without_variance_are_counted_not_scored():
     reference, own = rewards(), rewards()
     reference[:3] = 0.5
     own[3:5] = 0.25  # the sampler alone sees no difference: that is a fault, not an excuse
-    found = gates.agreement(reference, own, LENGTHS)
+    found = agreement.agreement(reference, own, LENGTHS)
     assert (found["groups"], found["zero_variance_groups"]) == (37, 3)
     assert found["spearman"] == pytest.approx(35 / 37) and found["cosine"] == pytest.approx(35 / 37)
-    nothing = gates.agreement(torch.ones(4, 8), rewards(0, 4), LENGTHS[:4])
+    nothing = agreement.agreement(torch.ones(4, 8), rewards(0, 4), LENGTHS[:4])
     assert nothing["spearman"] is None and nothing["zero_variance_groups"] == 4
     assert gates.misses(gates.CHEAPER, nothing) == ["spearman is unknown: no image has captions of different rewards"]
 
@@ -91,10 +94,10 @@ def test_a_taste_for_short_captions_shows_in_the_slope():
     reference = rewards()
     offsets = torch.rand(40, 1)  # an image that is easier for one sampler is no matter
     noise = 0.01 * (rewards(1) - 0.5)
-    found = gates.agreement(reference, reference - 0.002 * LENGTHS + offsets + noise, LENGTHS)
+    found = agreement.agreement(reference, reference - 0.002 * LENGTHS + offsets + noise, LENGTHS)
     assert found["length_slope"] == pytest.approx(-0.002, abs=5 * found["length_slope_stderr"])
     assert 0 < found["length_slope_stderr"] < 1e-4
-    fair = gates.agreement(reference, reference + noise, LENGTHS)
+    fair = agreement.agreement(reference, reference + noise, LENGTHS)
     assert abs(fair["length_slope"]) < 4 * fair["length_slope_stderr"]
 
 
@@ -103,7 +106,7 @@ def test_the_slopes_error_is_its_spread():
     found = []
     for seed in range(400):
         noise = torch.randn(20, 8, generator=torch.Generator().manual_seed(seed))
-        found.append(gates.slope(noise, LENGTHS[:20]))
+        found.append(agreement.slope(noise, LENGTHS[:20]))
     values, errors = torch.tensor(found, dtype=torch.float64).T
     assert errors.mean() == pytest.approx(values.std().item(), rel=0.15)
 
@@ -164,6 +167,22 @@ def test_the_standard_samplers(small, tmp_path, capsys):
     assert [row["value"] for row in cheaper] == sorted((row["value"] for row in cheaper), reverse=True)
     output = capsys.readouterr().out
     assert "passed" in output and "Measured on cpu" in output
+
+
+def test_no_more_drawings_are_kept_than_are_compared_again(small, tmp_path, monkeypatch):
+    """Of the standard samplers at most the references and the one that is compared."""
+    made, alive, real = [], [], gates.draw_task
+
+    def draw_task(*given):
+        drawn = real(*given)
+        made.append(weakref.ref(drawn))
+        alive.append(sum(ref() is not None for ref in made))
+        return drawn
+
+    monkeypatch.setattr(gates, "draw_task", draw_task)
+    _, result = run(tmp_path, *small, images=2)
+    assert len(made) >= 10 and max(alive) <= 3  # the reference, bfloat16's or the guided one, and a sampler
+    assert len(result["rows"]) == len(made) - 2  # which is what no row is of: the reference, and the guided one
 
 
 def test_a_configured_sampler_that_misses_its_gate_fails(folder, small, tmp_path, capsys):

@@ -157,7 +157,12 @@ def test_what_a_step_is_worth_by_hand():
     config.stage2.beta, config.models.encoder, config.render.guidance_scale = 0.0, "lora", 2.0
     lora = read + head + 8 * (condition + 16 * velocity) + 2 * read + 2 * head
     assert step_flops(2, config, sizes, 64, values) == lora
-    written = 2 * (30 * 10 + 12 * 10 + 12 * 1000 + condition)
+    cheaper = config.cheaper_sampler
+    for cheaper.steps, cheaper.guided_part, cheaper.reuse, passes in (
+        (6, 1.0, [], 6 + 6), (0, 0.5, [], 8 + 4), (0, 1.0, [3, 4, 7], 5 + 5), (6, 0.5, [2, 4], 4 + 2),
+    ):  # fmt: skip
+        assert step_flops(2, config, sizes, 64, values) == lora + 8 * (passes - 16) * velocity
+    written = 2 * (30 * 10 + 12 * 10 + 12 * 1000 + condition)  # stage 3 takes every pass
     # Three steps shared by a group, five of its own, of which two train twice
     assert step_flops(3, config, sizes, 64, values) == written + (3 * 2 + 5 * 8 + 2 * 8 * 2 * 3) * velocity
     config.stage3.guidance_scale, config.stage3.beta, config.models.decoder = 4.5, 0.1, "lora"

@@ -31,8 +31,9 @@ def calibrate(
     """Measures what `accelerate_sd3(fp8=...)` needs to know of a transformer with the weights and adapters it has.
 
     Every run is computed as it is, and the largest input of each product that follows an attention or a GELU noted by
-    level. Then, in a few of the runs, each product in turn is computed in e4m3: where that alone moves the velocity by
-    more than `threshold` of its norm, the product is left as it is.
+    level. Then, at a few of the levels, each product in turn is computed in e4m3: where that alone moves the velocity
+    by more than `threshold` of its norm, the product is left as it is. What that leaves is a function of the weights
+    and of the runs: a product whose error is near the threshold may be left by one set of captions and kept by another.
 
     Args:
         transformer: not accelerated; afterwards it is as it was.
@@ -40,7 +41,9 @@ def calibrate(
         margin: how much larger inputs may come than those seen; beyond it they are cut. Numbers with an exponent lose
             nothing by it but the smallest of them.
         threshold: the most that one product may move the velocity, relative to the velocity's norm.
-        sweep: how many of the runs, evenly spread, the products are tried in: a forward pass each for each product.
+        sweep: at how many of the levels, evenly spread, the products are tried, in the first run of each: a forward
+            pass each for each product. Errors differ severalfold between levels, so how many runs there are of each
+            must not decide which are tried.
         modulation_table, attention: as of `accelerate_sd3`.
         progress: called after every forward pass; there are `passes(transformer, runs, sweep)` of them.
 
@@ -58,7 +61,7 @@ def calibrate(
     accelerate_sd3(transformer, modulation_table=modulation_table, attention=attention)
     try:
         scales, timesteps = _scales(transformer, runs, levels, margin, progress)
-        tried = [runs[(2 * i + 1) * len(runs) // (2 * sweep)] for i in range(min(sweep, len(runs)))]
+        tried = [runs[i] for i in _spread(levels, sweep)]
         made = Fp8Calibration(timesteps, scales, fingerprint=fingerprint(transformer))
         exact = [_velocity(transformer, run) for run in tried]
 
@@ -88,7 +91,15 @@ def calibrate(
 
 def passes(transformer: Any, runs: Sequence[Any], sweep: int = 2) -> int:
     """How many forward passes `calibrate` reports."""
-    return len(runs) + min(sweep, len(runs)) * (len(products(transformer)) + 1)
+    tried = _spread([_level(run["timestep"]) for run in runs], sweep)
+    return len(runs) + len(tried) * (len(products(transformer)) + 1)
+
+
+def _spread(levels: Sequence[float], count: int) -> list[int]:
+    """Indices of the first runs at so many of the levels, evenly spread from the highest to the lowest."""
+    order = sorted(set(levels), reverse=True)
+    count = min(count, len(order))
+    return [levels.index(order[(2 * i + 1) * len(order) // (2 * count)]) for i in range(count)]
 
 
 def _scales(

@@ -117,6 +117,9 @@ class Fp8Calibration:
         names = products(transformer)
         if set(self.scales) != set(static(names)) or not set(self.fallback) <= set(names):
             raise ValueError("this Fp8Calibration is of another transformer: its products have other names")
+        for name, scales in self.scales.items():
+            if scales.shape != self.timesteps.shape or not ((scales > 0) & scales.isfinite()).all():
+                raise ValueError(f"this Fp8Calibration has no positive scale at each level for {name}")
         if self.fingerprint != fingerprint(transformer):
             raise ValueError("this Fp8Calibration was made with other weights (or another adapter)")
 

@@ -8,6 +8,7 @@ from pretend_gpu import gpu
 
 from uae_fast.guards import StopRequest
 from uae_fast.models.loading import load_models
+from uae_fast.models.reward import _Bicubic
 from uae_fast.optim import RunningMean, build_optimizer
 from uae_fast.parquet import open_images
 from uae_fast.rollout.decoding import CHECK_EVERY
@@ -107,3 +108,11 @@ def test_a_recorded_graph_computes_on_its_memory():
         del once
         with pytest.raises(RuntimeError, match="given back"):
             graph.replay()
+
+
+def test_the_rewards_resizing_repeats():
+    with gpu(deterministic=True):
+        images = torch.rand(1, 3, 12, 12, device="cuda").requires_grad_()
+        _Bicubic.apply(images, (8, 8)).sum().backward()
+        with pytest.raises(RuntimeError, match="deterministic"):
+            torch.nn.functional.interpolate(images, (8, 8), mode="bicubic", antialias=True).sum().backward()

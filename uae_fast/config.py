@@ -44,10 +44,11 @@ class ModelsConfig:
     """A checkpoint (a folder of a run's `checkpoints`) whose adapters or weights everything starts from."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of frozen weights. Adapters, projector, reward, and what trains in full are in float32."""
-    encoder_quantization: Literal["none", "nf4", "int8"] = "none"
-    """Of the frozen language model under its adapter: 4-bit NormalFloat, or LLM.int8()."""
-    decoder_quantization: Literal["none", "nf4", "int8"] = "none"
-    """Of the frozen transformer blocks under their adapter."""
+    encoder_quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Of the frozen language model under its adapter: 4-bit NormalFloat, LLM.int8(), or fp8 (see the next key)."""
+    decoder_quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Of the frozen transformer blocks under their adapter. fp8 keeps weights in e4m3 with a scale a row and multiplies
+    in `dtype`, in training as in drawing, on any device; `same_sampler.fp8` multiplies in e4m3, and draws alone."""
     gradient_checkpointing: bool = False
     """Compute layers again in the backward pass instead of keeping their activations."""
     offload: bool = False
@@ -673,7 +674,8 @@ def invariants(config: Config) -> list[tuple[str, str]]:
         need(
             c.models.decoder_quantization == "none",
             "same_sampler.fp8",
-            f"takes weights as they are; models.decoder_quantization is {c.models.decoder_quantization}",
+            f"takes weights as they are; models.decoder_quantization is {kept}"
+            + (", which keeps them in e4m3 and multiplies in models.dtype: choose one of the two" * (kept == "fp8")),
         )
         need(
             c.device.partition(":")[0] in ("auto", "cuda", "cpu"),
@@ -721,7 +723,12 @@ def invariants(config: Config) -> list[tuple[str, str]]:
         need(
             quantization != "int8" or not c.models.offload,
             key,
-            "int8 weights cannot be moved by models.offload: choose nf4",
+            "int8 weights cannot be moved by models.offload: choose nf4 or fp8",
+        )
+        need(
+            quantization != "fp8" or c.device != "mps",
+            key,
+            "keeps e4m3 numbers, which mps does not have: choose none, or another device",
         )
         need(
             getattr(c.models, part) == "lora" or not c.models.offload,

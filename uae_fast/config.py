@@ -42,10 +42,11 @@ class ModelsConfig:
     """A checkpoint (a folder of a run's `checkpoints`) whose adapters or weights everything starts from."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of frozen weights. Adapters, projector, reward, and what trains in full are in float32."""
-    encoder_quantization: Literal["none", "nf4", "int8"] = "none"
-    """Of the frozen language model under its adapter: 4-bit NormalFloat, or LLM.int8()."""
-    decoder_quantization: Literal["none", "nf4", "int8"] = "none"
-    """Of the frozen transformer blocks under their adapter."""
+    encoder_quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Of the frozen language model under its adapter: 4-bit NormalFloat, LLM.int8(), or fp8 (see the next key)."""
+    decoder_quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Of the frozen transformer blocks under their adapter. fp8 keeps weights in e4m3 with a scale a row and multiplies
+    in `dtype`, in training as in drawing, on any device; `same_sampler.fp8` multiplies in e4m3, and draws alone."""
     gradient_checkpointing: bool = False
     """Compute layers again in the backward pass instead of keeping their activations."""
     offload: bool = False

@@ -147,7 +147,9 @@ def _same_sampler(c: Config) -> Faults:
         if unaccelerated:
             yield key, f"is of the accelerated decoder alone; {unaccelerated}"
         if quantization != "none":
-            yield key, f"takes weights as they are; models.decoder_quantization is {quantization}"
+            other = ", which keeps them in e4m3 and multiplies in models.dtype: choose one of the two"
+            given = f"models.decoder_quantization is {quantization}{other * (quantization == 'fp8')}"
+            yield key, f"takes weights as they are; {given}"
         if c.device.partition(":")[0] not in ("auto", "cuda", "cpu"):
             yield key, f"runs on a GPU by CUDA, or emulated on a CPU; device is {c.device}"
 
@@ -173,7 +175,9 @@ def _models(c: Config) -> Faults:
         if quantization != "none" and trains == "full":
             yield key, f"quantised weights do not train in full: set models.{part} to lora"
         if quantization == "int8" and c.models.offload:
-            yield key, "int8 weights cannot be moved by models.offload: choose nf4"
+            yield key, "int8 weights cannot be moved by models.offload: choose nf4 or fp8"
+        if quantization == "fp8" and c.device == "mps":
+            yield key, "keeps e4m3 numbers, which mps does not have: choose none, or another device"
         if trains == "full" and c.models.offload:
             yield f"models.{part}", "what trains in full keeps copies that models.offload cannot move: choose lora"
 

@@ -170,6 +170,28 @@ def test_a_frozen_one_trains_its_adapter(model):
         assert (a is None) == (e is None) and (e is None or relative_error(a, e) <= 1e-5)
 
 
+class Halved(torch.nn.Linear):
+    """Keeps half of its weight."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, 2 * self.weight, self.bias)
+
+
+@torch.no_grad()
+def test_a_layer_that_keeps_its_weight_in_another_way_waits_and_comes_back(model):
+    given = sd3.inputs(2) | {"timestep": TIMES[3].expand(2)}
+    expected = model(**given).sample
+    layers = [block.norm1.linear for block in model.transformer_blocks]
+    for layer in layers:
+        layer.__class__ = Halved
+        layer.weight /= 2
+    accelerate_sd3(model, modulation_table=ModulationTable(model, TIMES, given["pooled_projections"][0]))
+    assert relative_error(model(**given).sample, expected) <= 1e-5 and model._uae.table is not None
+    restore_sd3(model)
+    assert {type(layer) for layer in layers} == {Halved}
+    assert relative_error(model(**given).sample, expected) <= 1e-5
+
+
 def test_a_timestep_that_is_not_there(model):
     table = ModulationTable(model, TIMES, torch.randn(sd3.POOLED))
     for timestep in (torch.tensor([TIMES[0], 3.0]), torch.tensor(500.5).expand(4)):

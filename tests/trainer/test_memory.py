@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from uae_kernels.mmdit.modulation_table import _Waiting
 
 from uae_fast.cli import main
 from uae_fast.config import load_config
@@ -86,7 +87,7 @@ def test_the_peaks_of_a_rollout_are_predicted_within_a_tenth(world, engine):
         assert predicted[name] == pytest.approx(value + held.get(name, 0), rel=tolerance), name
 
 
-@pytest.mark.parametrize("kind", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("kind", ["none", "nf4", "int8", "fp8"])
 def test_resident_bytes_are_exact(kind):
     options = ["models.encoder=lora", "models.decoder=lora", "models.dtype=bfloat16"]
     options += [f"models.{part}_quantization={kind}" for part in ("encoder", "decoder")]
@@ -110,6 +111,45 @@ def held(part):
             yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
         if getattr(parameter, "SCB", None) is not None:
             yield parameter.SCB
+
+
+FUSED = [option for option in LARGER if "accelerate" not in option]
+
+
+@pytest.mark.parametrize("number, kind", [(0, "fp8"), (1, "fp8"), (2, "fp8"), (3, "fp8"), (3, "none"), (3, "nf4")])
+def test_resident_bytes_of_an_accelerated_decoder_are_exact_in_each_stage(world, number, kind):
+    """With a table the layers that make modulations are in the host's memory; not where stage 0 needs any level."""
+    options = [f"models.{part}={mode}" for part, mode in (("encoder", "lora"), ("decoder", "lora"))]
+    options += ["models.dtype=bfloat16", f"models.decoder_quantization={kind}", f"data.train={world / 'train'}"]
+    config = load_config("tiny", [*FUSED, *options])
+    predictor = Predictor(config)
+    predictor.phases(number)
+    stage, _ = built(config, number)
+    decoder = stage.models.decoder
+    rollout = stage.rollout(ImageFolder(config.data.train, "data.train").batch(0, 4, 0, stage.name), 0)
+    stage.loss(rollout, slice(0, stage.settings.micro_batch))
+    host = [p for module in decoder.modules() if isinstance(module, _Waiting) for p in module.parameters()]
+    assert bool(host) == (number > 0 and kind != "nf4")
+    waiting = {p.untyped_storage()._cdata for p in host}
+    tensors = [*held(decoder), *([] if kind == "nf4" else [decoder._table.timesteps, decoder._table.values])]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    found = sum(size for key, size in storages.items() if key not in waiting)
+    assert predictor.weight_bytes("decoder") == found
+    assert sum(p.nbytes for p in host) > 0.2 * found or not host
+
+
+@pytest.mark.parametrize("number, checkpointing, kind", [(0, True, "fp8"), (1, True, "fp8"), (3, False, "fp8"),
+                                                         (3, True, "none")])  # fmt: skip
+def test_an_accelerated_updates_peak_is_predicted_within_a_tenth(world, number, checkpointing, kind):
+    options = [f"models.{part}=lora" for part in ("encoder", "decoder")]
+    options += [f"models.decoder_quantization={kind}", f"models.gradient_checkpointing={checkpointing}"]
+    config = load_config("tiny", [*FUSED, *options, f"data.train={world / 'train'}"])
+    predicted = next(phase for phase in predict(config, [number])[number] if phase.name == "updating")
+    stage, _ = built(config, number)
+    images = ImageFolder(config.data.train, "data.train").batch(0, stage.settings.images, 0, stage.name)
+    rollout = stage.rollout(images, 0)
+    measured = peak(lambda: stage.loss(rollout, slice(0, stage.settings.micro_batch))[0].backward())
+    assert predicted.passing == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])

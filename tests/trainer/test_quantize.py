@@ -1,16 +1,22 @@
-"""Quantised frozen weights under adapters, with bitsandbytes' own arithmetic on the CPU; and parts that take turns."""
+"""Frozen weights in 4 and 8 bits under adapters, by bitsandbytes on the CPU or in e4m3; and parts that take turns."""
 
 import copy
 import json
 
 import pytest
 import torch
+from equal_runs import assert_equal_runs, differing_tensors
 from safetensors.torch import load_file
+from test_resume import rewind
+from torch import nn
+from uae_kernels.mmdit import Quantized, quantize_rows
 
 from uae_fast.checkpoint import checkpoints
 from uae_fast.cli import main
 from uae_fast.config import ConfigError, load_config
 from uae_fast.data import ImageFolder
+from uae_fast.models import e4m3
+from uae_fast.models.e4m3 import E4M3Linear, widen
 from uae_fast.models.loading import load_models, load_run
 from uae_fast.models.offload import Offloader
 from uae_fast.models.quantize import quantized
@@ -19,7 +25,7 @@ from uae_fast.trainer import STAGES, train
 CAPTION = "a red circle top-left on white"
 ADAPTERS = ("models.encoder=lora", "models.decoder=lora")
 BOTH = {kind: (*ADAPTERS, *(f"models.{part}_quantization={kind}" for part in ("encoder", "decoder")))
-        for kind in ("none", "nf4", "int8")}  # fmt: skip
+        for kind in ("none", "nf4", "int8", "fp8")}  # fmt: skip
 
 
 def outputs(models):
@@ -75,7 +81,9 @@ def test_a_layer_takes_the_bits_it_promises(kind, bits):
     assert 8 * sum(t.numel() * t.element_size() for t in held) / (1024 * 2048) == bits
 
 
-@pytest.mark.parametrize("number, kind", [(1, "nf4"), (2, "nf4"), (3, "nf4"), (2, "int8"), (3, "int8")])
+@pytest.mark.parametrize(
+    "number, kind", [(1, "nf4"), (2, "nf4"), (3, "nf4"), (2, "int8"), (3, "int8"), (1, "fp8"), (2, "fp8"), (3, "fp8")]
+)
 def test_adapters_train_over_quantised_weights(world, small_config, number, kind):
     config = small_config(world, *BOTH[kind], "stage3.kind=cps", "models.gradient_checkpointing=true")
     models = load_models(config)
@@ -106,6 +114,156 @@ def test_a_quantised_run_resumes_and_loads(world, small_config):
     assert not torch.equal(states, earlier) and not torch.equal(velocity, old_velocity)
 
 
+# ---- e4m3 -----------------------------------------------------------------------------------------------------------
+
+
+def uneven(rows=48, columns=80):
+    """A layer whose rows and columns are of very different sizes."""
+    layer, generator = nn.Linear(columns, rows), torch.Generator().manual_seed(0)
+    layer.weight.data = torch.randn(rows, columns, generator=generator) * torch.logspace(-2, 2, rows)[:, None]
+    layer.weight.data *= torch.logspace(0, 1.5, columns)[torch.randperm(columns, generator=generator)]
+    return layer
+
+
+def beyond_the_bound(layer):
+    """How far a weight in e4m3 is from the layer's, in half units of its last place."""
+    made, exact = E4M3Linear(layer, torch.device("cpu")), layer.weight.double()
+    scale = exact.abs().amax(1, keepdim=True) / 448
+    half_unit = torch.maximum(exact.abs() / 16, scale / 1024)  # of three bits; below scale/64 the steps are scale/512
+    return ((widen(made.weight, made.scales, torch.float64) - exact).abs() / half_unit).max().item()
+
+
+def one_scale_for_all(x, **options):
+    return quantize_rows(x.reshape(1, -1), **options)._replace(scales=x.abs().max().view(1, 1).expand(len(x), 1) / 448)
+
+
+def a_scale_for_each_column(x, **options):
+    values, scales, _ = quantize_rows(x.t(), **options)
+    return Quantized(values.t().contiguous(), scales[: len(x)])
+
+
+def the_next_rows_scale(x, **options):
+    made = quantize_rows(x, **options)
+    return made._replace(scales=made.scales.roll(1, 0))
+
+
+def test_a_weight_in_e4m3_is_within_half_a_unit(monkeypatch):
+    assert 0.5 < beyond_the_bound(uneven()) < 1 + 1e-6
+    for wrong in (one_scale_for_all, a_scale_for_each_column, the_next_rows_scale):
+        monkeypatch.setattr(e4m3, "quantize_rows", wrong)
+        assert beyond_the_bound(uneven()) > 1.5, wrong.__name__
+
+
+def test_products_with_a_weight_in_e4m3_are_as_exact_as_any():
+    """Against the same weights in fp64, in bf16 and fp32; and the original's, where the format itself shows."""
+    layer, generator = uneven(), torch.Generator().manual_seed(1)
+    made, x = E4M3Linear(layer, torch.device("cpu")), torch.randn(64, 80, generator=generator)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, bias = x.to(dtype), layer.bias.detach().to(dtype)
+        made.bias = nn.Parameter(bias, requires_grad=False)
+        exact = nn.functional.linear(rows.double(), widen(made.weight, made.scales, torch.float64), bias.double())
+        plain = nn.functional.linear(rows, widen(made.weight, made.scales, torch.float64).to(dtype), bias)
+        ours = made(rows)
+        assert ours.dtype == dtype and (ours - exact).norm() <= 2 * (plain - exact).norm() and torch.equal(ours, plain)
+        original = nn.functional.linear(rows.double(), layer.weight.double(), bias.double())
+        assert 0.005 < (((ours - original).norm(dim=0)) / original.norm(dim=0)).max() < 0.05
+
+
+def test_e4m3_keeps_no_wider_weight_and_has_the_gradient_of_its_own(monkeypatch):
+    made = E4M3Linear(uneven(), torch.device("cpu"))
+    x, kept = torch.randn(3, 80, dtype=torch.float64, requires_grad=True), []
+    made.bias = nn.Parameter(made.bias.double(), requires_grad=False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        made(x)
+    assert {t.dtype for t in kept} == {torch.uint8, torch.int32} and sum(t.nbytes for t in kept) == 48 * (80 + 4)
+    assert torch.autograd.gradcheck(made, (x,))
+    one = torch.randn(2, 3, 80, requires_grad=True)
+    plain = nn.Linear(80, 48)
+    plain.weight.data, plain.bias.data = widen(made.weight, made.scales, torch.float32), made.bias.float()
+    made.bias = nn.Parameter(plain.bias.data, requires_grad=False)
+    for layer in (made, plain.requires_grad_(False)):
+        (gradient,) = torch.autograd.grad(layer(one).square().sum(), one)
+        kept.append(gradient)
+    assert torch.equal(kept[-1], kept[-2])
+
+
+def test_no_cast_changes_a_weight_in_e4m3_and_nothing_is_merged_into_it():
+    models = load_models(load_config("tiny", list(BOTH["fp8"])))
+    layers = [layer for layer in linears(models) if isinstance(layer, E4M3Linear)]
+    assert len(layers) == len(list(linears(models))) - 8 == 3 * 7 + 53 - 8  # the others wait behind a table
+    before = [(layer.weight.clone(), layer.scales.clone()) for layer in layers]
+    again = load_models(load_config("tiny", list(BOTH["fp8"])))
+    for part in (models.encoder.model, models.decoder.transformer):
+        part.bfloat16().float()
+    adapted = models.decoder.transformer.transformer_blocks[0].attn.to_q
+    for safe in (False, True):
+        with pytest.raises(RuntimeError, match="must match the size"):
+            adapted.merge(safe_merge=safe)
+    assert not adapted.merged
+    for mine, (weight, scales), other in zip(layers, before, linears_in_e4m3(again), strict=True):
+        assert torch.equal(mine.weight, weight) and torch.equal(mine.scales, scales)
+        assert torch.equal(other.weight, weight) and torch.equal(other.scales, scales)  # quantised anew, the same bits
+
+
+def linears_in_e4m3(models):
+    return (layer for layer in linears(models) if isinstance(layer, E4M3Linear))
+
+
+@pytest.mark.parametrize("accelerate", [True, False])
+def test_a_model_in_e4m3_computes_with_the_weights_they_stand_for(accelerate):
+    models, reference, exact = (
+        load_models(load_config("tiny", [*options, f"same_sampler.accelerate={accelerate}"]))
+        for options in (BOTH["fp8"], ADAPTERS, ADAPTERS)
+    )
+    with torch.no_grad():
+        for layer in linears(reference):
+            made = E4M3Linear(layer, torch.device("cpu"))
+            layer.weight.data = widen(made.weight, made.scales, torch.float32)
+    if accelerate:
+        reference.decoder._use_table(False)
+        reference.decoder._table = None
+    for found, expected, plain in zip(outputs(models), outputs(reference), outputs(exact), strict=True):
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert 0.002 < (plain - expected).norm() / plain.norm() < 0.1
+
+
+def test_a_resumed_run_over_e4m3_is_the_same(world, small_config, tmp_path):
+    options = (*BOTH["fp8"], "checkpoint.every=1", "checkpoint.keep=20", "evaluate.images=2", "render.batch=8")
+    whole = train(small_config(world, *options, run="whole"))
+    parts = rewind(whole, 5, tmp_path / "parts")
+    (parts / "summary.json").unlink()
+    train(small_config(world, *options, run="parts"), resume=True)
+    assert_equal_runs(whole, parts)
+    for ours, theirs in zip(checkpoints(whole / "checkpoints"), checkpoints(parts / "checkpoints"), strict=True):
+        assert differing_tensors(ours, theirs) == []
+
+
+def test_a_table_stands_in_for_modulations_in_e4m3():
+    """The images are those of diffusers' modules; in training too their layers wait in the host's memory."""
+    models, plain = (
+        load_models(load_config("tiny", [*BOTH["fp8"], f"same_sampler.accelerate={on}"])) for on in (True, False)
+    )
+    decoder = models.decoder
+    assert decoder.table is not None and plain.decoder.attention is None
+    latents = torch.randn(2, *decoder.latent_shape(32), generator=torch.Generator().manual_seed(0))
+    context = plain.condition([CAPTION, "a blue square"])
+    for _ in range(2):
+        with torch.no_grad():
+            found, expected = (m.decoder.velocity(latents, m.decoder.sigmas(8)[3], context) for m in (models, plain))
+            assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+            other, expected = (m.decoder.velocity(latents, torch.tensor(0.4321), context) for m in (models, plain))
+        assert decoder.table is None and (other - expected).abs().max() < 1e-5 * expected.abs().max()
+        decoder.trainable()
+    with torch.no_grad():
+        decoder.velocity(latents, decoder.sigmas(8)[3], context)
+    decoder.to("meta")  # as to a GPU
+    waiting = {name for name, p in decoder.transformer.named_parameters() if not p.is_meta}
+    assert {name.rpartition(".")[0].rpartition(".")[0].rpartition(".")[2] for name in waiting} == {
+        "norm1", "norm1_context", "norm_out",
+    }  # fmt: skip
+    assert sum(name.endswith(".scales") for name in waiting) == 8
+
+
 def test_random_weights_are_quantised_as_they_are_made():
     models = load_models(load_config("tiny", [*BOTH["nf4"], "models.load=dummy", "models.dtype=bfloat16"]))
     kinds = {type(layer).__name__ for layer in linears(models) if layer.weight.dtype == torch.uint8}
@@ -117,7 +275,10 @@ def test_random_weights_are_quantised_as_they_are_made():
     "overrides, words",
     [
         (["models.encoder_quantization=nf4"], "set models.encoder to lora"),
-        (["models.decoder_quantization=fp8"], "nf4"),
+        (["models.decoder_quantization=fp8"], "set models.decoder to lora"),
+        (["models.decoder_quantization=fp4"], "nf4"),
+        ([*BOTH["fp8"], "device=mps"], "mps does not have"),
+        ([*BOTH["fp8"], "same_sampler.fp8=true"], "keeps them in e4m3 and multiplies in models.dtype"),
         (["models.encoder=lora", "models.offload=true"], "choose lora"),
         ([*BOTH["int8"], "models.offload=true"], "choose nf4"),
     ],
@@ -163,10 +324,10 @@ class Recorder(Offloader):
         self.where[name] = place
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_parts_take_turns_and_none_computes_while_it_waits(world, small_config, number):
+@pytest.mark.parametrize("number, kind", [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (1, "fp8"), (3, "fp8")])
+def test_parts_take_turns_and_none_computes_while_it_waits(world, small_config, number, kind):
     by_diffusers = "same_sampler.accelerate=false"  # as it is with models.offload
-    config = small_config(world, *ADAPTERS, "models.gradient_checkpointing=true", by_diffusers)
+    config = small_config(world, *BOTH[kind], "models.gradient_checkpointing=true", by_diffusers)
     expected = None
     for offload in (False, True):
         models = load_models(config)

@@ -95,9 +95,9 @@ class Decoder(nn.Module):
     def accelerate(self, attention: str = "auto", schedules: Sequence[int] = (), fp8: bool = False) -> None:
         """From now on the transformer computes by `uae_kernels.mmdit`; parameters and their names stay as they are.
 
-        While nothing that makes modulations trains, and unless their layers are quantised, a table holds them for the
-        levels of `schedules`, and their layers' weights wait in the host's memory. It is made when it is first needed,
-        and anew after training.
+        While nothing that makes modulations trains, and unless bitsandbytes keeps their layers, a table holds them for
+        the levels of `schedules`, and their layers' weights wait in the host's memory. Under an adapter it is made now;
+        else when it is first needed, and anew after training.
 
         With `fp8` the same goes for the products of a frozen transformer and their weights, at the levels of the
         schedule it is calibrated for (`calibrate`), and at any where it draws without calibration. What trains, its
@@ -105,23 +105,24 @@ class Decoder(nn.Module):
 
         Args:
             attention: the backend, see `uae_kernels.mmdit.joint_attention`.
-            schedules: numbers of steps. The table serves the elements of what `sigmas` gives for them; at any other
-                level modulations are computed.
+            schedules: different numbers of steps. The table serves the elements of what `sigmas` gives for them; at any
+                other level modulations are computed.
             fp8: whether it draws in fp8 while it is frozen.
 
         Raises:
             RuntimeError: fp8 on a GPU older than sm_89, or a backend that is not installed.
         """
         from uae_kernels.mmdit import accelerate_sd3
-        from uae_kernels.mmdit.modulation_table import modulation_layers
+        from uae_kernels.mmdit.modulation_table import may_wait, modulation_layers
         from uae_kernels.mmdit.products import check_products
 
         if fp8:
             check_products(self.transformer)
         accelerate_sd3(self.transformer, attention=attention)
         self.attention, self.fp8 = attention, fp8
-        plain = all(type(layer) is nn.Linear for layer in modulation_layers(self.transformer).values())
-        self._tabulated = [self.sigmas(steps) for steps in dict.fromkeys(schedules)] if plain else []
+        plain = all(map(may_wait, modulation_layers(self.transformer).values()))
+        self._tabulated = [self.sigmas(steps) for steps in schedules] if plain else []
+        self._use_table(bool(self._tabulated) and self.has_adapter)
 
     def _use_table(self, wanted: bool, fp8: bool = False) -> None:
         """Has a table stand in for the modulations, and the products computed in fp8, or not."""
@@ -333,4 +334,4 @@ class Decoder(nn.Module):
 
 def _part_of(sigma: Tensor, sigmas: Tensor | None) -> bool:
     """Whether σ lies in a schedule's memory."""
-    return sigmas is not None and sigma.untyped_storage().data_ptr() == sigmas.untyped_storage().data_ptr()
+    return sigmas is not None and sigma.untyped_storage()._cdata == sigmas.untyped_storage()._cdata

@@ -49,7 +49,7 @@ def fill(
         device: where every tensor is made; "meta" leaves them without memory.
         dtype: of every tensor but the buffers that are not part of a checkpoint (rotary tables).
         seed: of the weights.
-        quantization: "none", "nf4" or "int8", of the linear layers in the submodules `inside`.
+        quantization: "none", "nf4", "int8" or "fp8", of the linear layers in the submodules `inside`.
     """
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
     made: dict[nn.Parameter, nn.Parameter] = {}
@@ -66,7 +66,7 @@ def fill(
         quantize_linears(model, inside, quantization, device, make)
     for parent in model.modules():
         for name, parameter in parent._parameters.items():
-            if parameter is not None and parameter.is_meta:
+            if parameter is not None and parameter.is_meta and parameter.is_floating_point():  # not quantised
                 made[parameter] = made[parameter] if parameter in made else make(parameter, name)
                 parent._parameters[name] = made[parameter]
         for name, buffer in parent._buffers.items():

@@ -174,13 +174,17 @@ def accelerate_decoder(decoder: Decoder, config: Config) -> None:
         ConfigError: the ops do not know the transformer, or the attention backend is not installed.
     """
     try:
-        steps = (config.render.steps, config.cheaper_sampler.steps, config.stage1.sampler_steps)
-        schedules = [number for number in steps if number]
-        decoder.accelerate(config.same_sampler.attention, schedules, config.same_sampler.fp8)
+        decoder.accelerate(config.same_sampler.attention, schedules(config), config.same_sampler.fp8)
     except RuntimeError as error:
         raise ConfigError([f"same_sampler.attention: {error}"]) from None
     except (TypeError, ValueError) as error:
         raise ConfigError([f"same_sampler.accelerate: {error}; false leaves it to diffusers"]) from None
+
+
+def schedules(config: Config) -> list[int]:
+    """The numbers of steps that are drawn with, each of whose levels has its row in the modulation table."""
+    steps = (config.render.steps, config.cheaper_sampler.steps, config.stage1.sampler_steps)
+    return [number for number in dict.fromkeys(steps) if number]
 
 
 def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
@@ -212,7 +216,7 @@ def load_encoder(
         image_tokens: the most tokens of an image; 0 as the image processor says.
         dtype: of the weights.
         device: where quantised or random weights are made.
-        quantization: of the linear layers of the language model, its head excepted: "none", "nf4" or "int8".
+        quantization: of the linear layers of the language model, its head excepted: "none", "nf4", "int8" or "fp8".
         seed: not None: the weights are random, and nothing but the configuration is read.
     """
     from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration

@@ -1,10 +1,12 @@
 """How much memory a run needs on its device, told from shapes alone: every number here is *predicted*.
 
-The stages' own code runs on tensors without memory (PyTorch's fake tensors), the decoder by diffusers' own modules, and
-what is alive is added up: weights, adapters, gradients and activations are those of the code, not of formulas. Formulas
-are the quantised weights, the optimiser's state, the cache of `caption.engine: generate`, and a fixed sum for CUDA
-itself. Not counted: the vision tower's activations (no gradients, one image after another), workspaces of convolutions
-and matrix products, fragmentation.
+The stages' own code runs on tensors without memory (PyTorch's fake tensors), its ops as on a GPU unless the device is a
+CPU, and what is alive is added up: weights, adapters, gradients and activations are those of the code, not of formulas.
+Of a decoder whose modulations a table holds, the layers that make them are not on the device. Formulas are the weights
+that bitsandbytes keeps, the optimiser's state, the cache of `caption.engine: generate`, and a sum for CUDA itself.
+Not counted: the vision tower's activations (no gradients, one image after another), workspaces of convolutions and
+matrix products, fragmentation, what `same_sampler.fp8` saves and `same_sampler.graph` takes, and the moment of loading,
+when the layers that make modulations are there as well.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import copy
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +24,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from uae_kernels import _triton
+from uae_kernels.mmdit import ModulationTable
+from uae_kernels.mmdit.modulation_table import modulation_layers
 
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, accelerated
 from . import Models
+from .decoder import Decoder
 from .encoder import READER, Prompt
-from .loading import load_models
+from .loading import load_models, schedules
 from .sources import find_sources, image_tokens
 
 GIB = 2**30
@@ -189,7 +196,9 @@ class Predictor:
         self.given = config
         self.config = copy.deepcopy(config)
         self.config.device, self.config.models.load, self.config.models.start = "meta", "dummy", ""
-        self.config.models.encoder_quantization = self.config.models.decoder_quantization = "none"
+        for key in ("encoder_quantization", "decoder_quantization"):
+            if getattr(config.models, key) != "fp8":  # bitsandbytes has no layers without memory
+                setattr(self.config.models, key, "none")
         sampler = self.config.same_sampler
         self.config.models.offload = sampler.accelerate = sampler.graph = sampler.fp8 = False
         sampler.attention = "auto"
@@ -207,6 +216,16 @@ class Predictor:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
             feign(self.parts.values())
+            self.accelerate()
+
+    def accelerate(self) -> None:
+        """The decoder computes as in the run, its table made."""
+        decoder, tabulated = self.models.decoder, self.given.models.decoder_quantization in ("none", "fp8")
+        if accelerated(self.given):
+            decoder.accelerate("auto", schedules(self.given) if tabulated else ())
+        schedule = decoder.sigmas(self.given.render.steps)
+        # Shorter schedules are the first levels of it, which the table has
+        decoder.sigmas = lambda steps: schedule[: steps + 1]  # type: ignore[method-assign]
 
     # ---- what stays -------------------------------------------------------------------------------------------------
 
@@ -215,7 +234,10 @@ class Predictor:
         part = self.parts[name]
         kind = getattr(self.given.models, f"{name}_quantization", "none")
         tensors = {t: t.numel() * t.element_size() for t in (*part.parameters(), *part.buffers())}
-        if kind != "none":
+        if name == "decoder":
+            tensors |= {t: t.nbytes for t in table_tensors(part)}
+            tensors |= {weight: 0 for layer in waiting_layers(part) for weight in layer.parameters()}
+        if kind in ("nf4", "int8"):
             for layer in quantisable(self.models, name):
                 tensors[layer.weight] = quantized_bytes(layer, kind)
         return sum(tensors.values())
@@ -248,7 +270,7 @@ class Predictor:
         images = settings.images
         rows = images * getattr(settings, "group_size", 1)
         read = {0: settings.micro_batch, 2: batch}.get(number, images)
-        with self.mode:
+        with self.mode, without_values(self.given.device != "cpu"):
             steps: list[tuple[str, tuple[str, ...], Callable[[], Any]]] = []
             if number in (2, 3):
                 steps.append(
@@ -267,13 +289,15 @@ class Predictor:
                 steps.append(("encoding images", ("decoder",), lambda: self.encode(settings.micro_batch)))
             trains = {0: ("decoder",), 1: ("encoder", "decoder", "reward"), 2: ("encoder",), 3: ("decoder",)}[number]
             steps.append(("updating", trains, lambda: getattr(self, f"update{number}")(stage)))
-            found = []
-            for name, present, step in steps:
+            passing = []
+            for _, _, step in steps:
                 with Alive(*self.parts.values()) as alive:
                     more = step()
-                found.append(Phase(name, self.resident(present, state), alive.most + (more or 0)))
+                passing.append(alive.most + (more or 0))
                 for parameter in parameters:
                     parameter.grad = None
+        # After all of them: a stage that computes modulations has their layers on the device in every phase
+        found = [Phase(step[0], self.resident(step[1], state), most) for step, most in zip(steps, passing, strict=True)]
         self.models.freeze()
         return found
 
@@ -389,7 +413,7 @@ class Predictor:
         settings = stage.settings
         drawings = settings.images * settings.group_size
         samples = settings.window * drawings
-        levels = torch.linspace(0.9, 0.5, settings.window + 1)
+        levels = self.models.decoder.sigmas(settings.window)
         side = self.config.data.resolution
         path = Trajectory(
             self.latents(samples), self.latents(samples), torch.zeros(samples), levels, torch.tensor(0.9),
@@ -414,6 +438,31 @@ class FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         (jacobian,) = ctx.saved_tensors
         return torch.empty_like(jacobian, dtype=torch.float32) * gradient.unsqueeze(-1)
+
+
+@contextmanager
+def without_values(on_a_gpu: bool) -> Iterator[None]:
+    """Within, nothing asks tensors for their values, which fake ones do not have; with `on_a_gpu` ops take the way of
+    their kernels, which fake tensors go along with."""
+    kept = ModulationTable.serves, _triton.launchable, _triton.capability
+    ModulationTable.serves = lambda self, pooled: True  # type: ignore[method-assign]
+    if on_a_gpu:
+        _triton.launchable, _triton.capability = lambda tensor: True, lambda tensor: 90
+    try:
+        yield
+    finally:
+        ModulationTable.serves, _triton.launchable, _triton.capability = kept  # type: ignore[method-assign]
+
+
+def waiting_layers(decoder: Decoder) -> list[nn.Module]:
+    """The modulation layers whose weights are in the host's memory, for the table is in use."""
+    return [] if decoder.table is None else list(modulation_layers(decoder.transformer).values())
+
+
+def table_tensors(decoder: Decoder) -> list[Tensor]:
+    """What a table that is kept, in use or not, has on the device."""
+    made = decoder._table
+    return [] if made is None else [made.timesteps, made.values]
 
 
 def quantisable(models: Models, name: str) -> Iterator[nn.Linear]:

@@ -1,4 +1,4 @@
-"""Frozen linear layers in 4 or 8 bits (bitsandbytes), with LoRA adapters in full precision on top."""
+"""Frozen linear layers in 4 or 8 bits (bitsandbytes, or e4m3), with LoRA adapters in full precision on top."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from .e4m3 import E4M3Linear
 
 OUTLIERS = 6.0  # LLM.int8(): activations beyond it are multiplied in 16 bits
 
@@ -23,8 +25,8 @@ def quantize_linears(
     Args:
         model: the library's model, told that it is quantised, so that peft wraps its layers accordingly.
         inside: submodules of it, whose weights are in the dtype of the computation.
-        kind: "nf4" (4-bit NormalFloat in blocks of 64, their scales quantised once more; QLoRA, arXiv 2305.14314) or
-            "int8" (rows of 8 bits, outliers in 16: LLM.int8(), arXiv 2208.07339).
+        kind: "nf4" (4-bit NormalFloat in blocks of 64, their scales quantised once more; QLoRA, arXiv 2305.14314),
+            "int8" (rows of 8 bits, outliers in 16: LLM.int8(), arXiv 2208.07339) or "fp8" (`E4M3Linear`).
         device: where the quantised weights lie.
         make: gives a parameter without memory, of the name "weight" or "bias", its values.
     """
@@ -43,6 +45,8 @@ def quantize_linears(
 
 def quantized(layer: nn.Linear, kind: str, device: torch.device) -> nn.Linear:
     """A linear layer's quantised form; its bias keeps its dtype."""
+    if kind == "fp8":
+        return E4M3Linear(layer, device).eval()
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     weight, has_bias = layer.weight.data, layer.bias is not None

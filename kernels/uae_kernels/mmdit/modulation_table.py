@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 KNOWN = 8  # pooled tensors remembered
 
@@ -36,6 +37,21 @@ def _places(transformer: Any) -> list[tuple[nn.Module, str, nn.Module]]:
     return places
 
 
+def may_wait(layer: nn.Module) -> bool:
+    """Whether a layer is linear and all its state is in plain parameters, which may be elsewhere while it is not run.
+
+    So is `nn.Linear`, and a subclass that keeps its weight in another format; not what wraps a layer (an adapter), nor
+    what has parameters of a class of their own (bitsandbytes, torchao, DTensor).
+    """
+    plain = all(type(parameter) in (nn.Parameter, FakeTensor) for parameter in layer.parameters())
+    return (
+        isinstance(layer, nn.Linear)
+        and type(layer) is not _Waiting
+        and plain
+        and not any(True for _ in layer.buffers())
+    )
+
+
 def version(tensor: Tensor) -> int | None:
     """Changes when the tensor's values are written; None where PyTorch does not count (inference mode)."""
     return None if tensor.is_inference() else tensor._version
@@ -60,8 +76,8 @@ class ModulationTable:
             pooled: (D,), the pooled condition of every prompt.
 
         Raises:
-            ValueError: shapes that do not fit, an adapter or a quantised layer between timestep and modulations, or an
-                accelerated transformer whose modulation layers another table stands in for.
+            ValueError: shapes that do not fit, an adapter or a layer that `may_wait` does not know between timestep and
+                modulations, or an accelerated transformer whose modulation layers another table stands in for.
         """
         if timesteps.dim() != 1 or not len(timesteps) or pooled.dim() != 1:
             raise ValueError(
@@ -74,9 +90,9 @@ class ModulationTable:
                 raise ValueError(
                     "ModulationTable: a table stands in for these layers; restore_sd3 the transformer first"
                 )
-            if type(layer) is not nn.Linear:
+            if not may_wait(layer):
                 raise ValueError(f"ModulationTable: {type(parent).__name__}.{name} is a {type(layer).__name__}")
-        weight = _weights(places)[0]
+        weight = transformer.pos_embed.proj.weight
         self.timesteps, self.pooled = timesteps.to(weight.device), pooled.detach().to(weight)
         layers, rows = modulation_layers(transformer).values(), []
         with torch.no_grad():
@@ -144,7 +160,7 @@ class TableInUse:
     def __init__(self, transformer: Any, table: ModulationTable):
         self.table = table
         self.places = _places(transformer)
-        self.waiting = list(modulation_layers(transformer).values())
+        self.waiting = {layer: type(layer) for layer in modulation_layers(transformer).values()}
         for layer in self.waiting:
             layer.__class__ = _Waiting
             for weight in layer.parameters(recurse=False):
@@ -176,7 +192,8 @@ class TableInUse:
 
     def put_back(self, device: torch.device) -> None:
         """The layers compute again, on `device`."""
-        for layer in self.waiting:
-            layer.__class__ = nn.Linear
+        for layer, kind in self.waiting.items():
+            layer.__class__ = kind
         for parent, name, _ in self.places:
-            getattr(parent, name).to(device)
+            for weight in getattr(parent, name).parameters():
+                weight.data = weight.data.to(device)

@@ -17,7 +17,7 @@ from ..segment_attention import segment_attention
 from .fp8 import quantize_rows
 from .gated_residual import gated_residual
 from .joint_attention import check_backend, joint_attention
-from .modulation_table import ModulationTable, TableInUse, modulation_layers, version
+from .modulation_table import ModulationTable, TableInUse, may_wait, modulation_layers, version
 from .products import Fp8Calibration, Fp8InUse, Product, base, check_products
 from .qk_norm import qk_norm
 
@@ -196,7 +196,7 @@ def _check_hooks(modules: Any) -> None:
 
 def _check_table(transformer: Any, table: ModulationTable) -> None:
     layers = modulation_layers(transformer)
-    if wrapped := [name for name, layer in layers.items() if type(layer) is not nn.Linear]:
+    if wrapped := [name for name, layer in layers.items() if not may_wait(layer)]:
         raise ValueError(
             f"accelerate_sd3: an adapter or a quantised layer stands at {wrapped[0]}; use no modulation_table"
         )

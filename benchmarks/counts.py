@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from .rows import ROOT
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution")
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 
 
@@ -130,9 +131,12 @@ def touched(tensors: Iterable[Tensor]) -> int:
 
 
 def _flops(name: str, read: list[Tensor], written: list[Tensor]) -> int:
-    if name == "attention":
+    if name in ("attention", FLASH):
         q, k, _ = read
         return 4 * q.numel() * k.shape[-2]
+    if name == f"{FLASH}_backward":
+        _, q, k, *_ = read
+        return 10 * q.numel() * k.shape[-2]
     if name not in PRODUCTS:
         return 0
     if name == "convolution":

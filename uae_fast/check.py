@@ -13,14 +13,16 @@ from .config import Config, ConfigError, accelerated, cheaper
 from .environment import quiet_libraries
 from .models.loading import records_graphs
 from .models.sources import find_sources
+from .reporters import check_reporters
 
 
 def show_check(config: Config, gpu_memory: float | None) -> None:
     """Prints what a sound configuration comes to, and what to change where a stage needs more than `gpu_memory` GiB.
 
     Raises:
-        ConfigError: the models are not there or do not fit together.
+        ConfigError: the models are not there or do not fit together, or a reporter is not installed.
     """
+    check_reporters(config.reporters)
     find_sources(config)
     show(batches(config))
     show(f"renders: {config.render.steps} steps at {config.data.resolution}², {config.render.batch} at once")

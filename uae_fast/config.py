@@ -361,6 +361,9 @@ class Config:
     deterministic: bool = False
     """Whether PyTorch may only use algorithms that repeat bit for bit (`torch.use_deterministic_algorithms`); an
     operation that has none then raises."""
+    float32_products: Literal["highest", "high"] = "highest"
+    """Of the fp32 that adapters, projector and reward encoders keep whatever `models.dtype` is: in training "high"
+    lets a GPU round their factors to TF32 (10 bits, bf16 has 7), which its tensor cores multiply."""
     reporters: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Besides metrics.jsonl: "tensorboard", "wandb", "trackio", or nothing."""
     models: ModelsConfig = field(default_factory=ModelsConfig)

@@ -80,6 +80,7 @@ def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str]) ->
         raise ConfigError([f"run: {folder} has a run already; go on with --resume, or name another folder (run=…)"])
     find_sources(config)
     check_reporters(config.reporters)
+    torch.set_float32_matmul_precision(config.float32_products)
     print(set_deterministic(config.deterministic), flush=True)
     kinds = [STAGES[number] for number in config.stages]
     captions = any(kind.needs_captions for kind in kinds)

@@ -132,7 +132,7 @@ def touched(tensors: Iterable[Tensor]) -> int:
 
 def _flops(name: str, read: list[Tensor], written: list[Tensor]) -> int:
     if name in ("attention", FLASH):
-        q, k, _ = read
+        q, k, *_ = read
         return 4 * q.numel() * k.shape[-2]
     if name == f"{FLASH}_backward":
         _, q, k, *_ = read

@@ -82,7 +82,7 @@ def test_steps_are_measured_phase_by_phase():
     (contestant,) = steps.contestants(case)
     assert contest.time(str(contestant), BENCHMARK) is None
     (row,) = contest.rows(environment("cpu"))
-    assert row["seconds"].keys() == {"captions", "conditions", "renders", "rewards", "rollout", "update"}
+    assert row["seconds"].keys() == {"data", "captions", "conditions", "renders", "rewards", "rollout", "update"}
     assert row["images_per_second"] > 0 and row["tokens_per_second"] > 0 and row["mfu"] is None
     assert row["peak_bytes"] > 1e6 and row["flops"] > 1e8 and row["median_ms"] == 1000 and row["N"] == 8
 

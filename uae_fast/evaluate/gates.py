@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,7 +237,8 @@ def drawing_flops(config: Config) -> int:
     from ..models.memory import WORD, Predictor
     from ..rollout.renders import draw
 
-    predictor = Predictor(config)
+    plain = replace(config.same_sampler, accelerate=False, attention="auto")
+    predictor = Predictor(replace(config, same_sampler=plain))
     size = config.stage2.group_size
     rows = math.lcm(config.render.batch, size)
     captions, seeds = [f"{WORD} {i % size}" for i in range(rows)], [i // size for i in range(rows)]

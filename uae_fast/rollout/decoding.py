@@ -35,6 +35,7 @@ def choose(logits: Tensor, draws: Tensor, temperature: float, suppressed: Tensor
         # In whole units of 2⁻⁵²: sums of integers are exact, ascend, and are the same on every device
         cumulative = (allowed.softmax(-1) * 2.0**52).long().cumsum(-1)
         tokens = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(-1)
+        tokens = tokens.clamp(max=logits.shape[1] - 1)  # beyond only where logits are NaN
     else:
         tokens = allowed.argmax(-1)
     return tokens, scores.gather(1, tokens[:, None]).squeeze(1) - scores.logsumexp(-1)

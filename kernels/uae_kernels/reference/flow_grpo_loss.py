@@ -55,13 +55,16 @@ def flow_grpo_loss(
     if ref_velocity is not None:
         v_uncond = None if velocity_uncond is None else velocity_uncond.detach()
         v_ref = guided(ref_velocity.detach(), v_uncond, guidance_scale, dtype)
-        divergence = row_mean_square(v, v_ref)
-        if kl != "velocity":
-            # KL(N(μ, std²)‖N(μ_ref, std²)) = (μ − μ_ref)²/(2·std²), μ − μ_ref = b·(v − v_ref); Flow-GRPO's code leaves
-            # −dt out of std²
-            width = std if kl == "gaussian" else s
+        if kl == "velocity":
+            divergence = row_mean_square(v, v_ref)
+        else:
+            # KL(N(μ, std²)‖N(μ_ref, std²)) = (μ − μ_ref)²/(2·std²), μ_ref a constant; Flow-GRPO's code leaves −dt out
+            # of std²
+            mean_ref = (a * sample.detach().to(dtype)).addcmul_(b, v_ref)
+            width = (std if kl == "gaussian" else s).flatten()
             exact = width == 0
-            divergence = divergence * torch.where(exact, 0, b / torch.where(exact, 1, width)).square().flatten() / 2
+            divergence = row_mean_square(mean, mean_ref) / (2 * torch.where(exact, 1, width).square())
+            divergence = torch.where(exact, 0, divergence)
         per_token = per_token + beta * divergence
 
     samples = max(sample.shape[0], 1)

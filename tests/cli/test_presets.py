@@ -46,9 +46,9 @@ def test_a_preset_says_how_it_starts_and_what_is_only_predicted(name):
         assert any(line.startswith(f"#   stage {stage} ") for line in head)
 
 
-@pytest.mark.parametrize("name", ["paper", "sd35m_16gb", "sd35l_24gb"])
+@pytest.mark.parametrize("name", FULL_SIZE)
 def test_a_presets_path_runs_through_every_stage(name, world, tmp_path):
-    """Dtype, quantisation, offloading, kinds and optimiser as in the preset; models and batches small."""
+    """Dtype, quantisation, kinds and optimiser as in the preset; models and batches small."""
     small = [
         f"run={tmp_path / 'run'}", f"data.train={world / 'train'}", f"data.heldout={world / 'heldout'}", "reporters=[]",
         f"models.encoder_from={write_encoder(tmp_path / 'encoder')}",

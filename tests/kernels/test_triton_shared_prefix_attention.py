@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from measures import INTERPRETED, ON_GPU, relative_error
-from test_shared_prefix_attention import problem, ragged, rows_apart, values_and_gradients
+from test_shared_prefix_attention import problem, ragged, rows_apart, strided, values_and_gradients
 from uae_kernels import _attention, reference, shared_prefix_attention
 
 module = importlib.import_module("uae_kernels.shared_prefix_attention")
@@ -121,14 +121,8 @@ def test_more_continuations_than_parts_of_a_group(device):
 
 
 def test_strides(device):
-    q, k, v, prefix_k, prefix_v = inputs = problem(torch.bfloat16, tokens=20, prefix=18, width=16, device=device)
-    expected = run(inputs)
-    packed = torch.cat([q, k, v], 2)
-    views = [
-        packed[:, :, :4], packed[:, :, 4:6], v.transpose(1, 2).contiguous().transpose(1, 2),
-        prefix_k.transpose(1, 3).contiguous().transpose(1, 3), prefix_v.transpose(0, 1).contiguous().transpose(0, 1),
-    ]  # fmt: skip
-    assert not any(x.is_contiguous() for x in views)
+    inputs = problem(torch.bfloat16, tokens=20, prefix=18, width=16, device=device)
+    expected, views = run(inputs), strided(*inputs)
     assert all(torch.equal(a, e) for a, e in zip(run(views), expected, strict=True))
     leaves, grads = [x.requires_grad_() for x in inputs], []
     for g in (expected[0].detach(), expected[0].detach().transpose(1, 2).contiguous().transpose(1, 2)):
@@ -136,8 +130,9 @@ def test_strides(device):
         grads.append(torch.autograd.grad(out, leaves, g))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     one = [x[:, :, :1].expand(-1, -1, 2, -1) for x in inputs[1:]]  # heads without memory of their own
-    out = shared_prefix_attention(q, *one, group_size=G, impl="triton")
-    torch.testing.assert_close(out, reference.shared_prefix_attention(q, *one, group_size=G), atol=2e-2, rtol=2e-2)
+    out = shared_prefix_attention(inputs[0], *one, group_size=G, impl="triton")
+    expected = reference.shared_prefix_attention(inputs[0], *one, group_size=G)
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

@@ -120,7 +120,7 @@ class _Rows:
     def __init__(self, head: _Head, hidden: Tensor, targets: Tensor, rows: Tensor, entropy: bool, order: int):
         self.head, self.rows, self.entropy = head, rows, entropy
         self.hidden = head.gather(hidden, rows)
-        self.target = targets.new_full((head.rows, 1), -1)
+        self.target = targets.new_full((head.rows, 1), -1, dtype=torch.int64)
         self.target[: len(rows), 0] = targets.index_select(0, rows)
         # The logits that matter most, the target's and the largest, are taken in fp64: single dot products.
         self.z_target, self.w_target = head.exact(self.hidden, self.target)

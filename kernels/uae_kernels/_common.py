@@ -121,22 +121,6 @@ def number(value: float, like: Tensor) -> Tensor:
     return torch.ones((), dtype=like.dtype, device=like.device) * value
 
 
-def per_sample(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number, a 0-d tensor or a (B,) tensor as a (B,) tensor of `like`'s compute dtype on its device."""
-    rows, dtype = like.shape[:1], compute_dtype(like)
-    if not isinstance(value, Tensor):
-        return torch.ones(rows, dtype=dtype, device=like.device) * value
-    if value.dim() and value.shape != rows:
-        raise ValueError(f"expected a scalar or shape {tuple(rows)}, got {tuple(value.shape)}")
-    return value.to(like.device, dtype).expand(rows)
-
-
-def row_sum(x: Tensor) -> Tensor:
-    """(rows, n) -> (rows,) in an order that does not depend on the number of rows.
-
-    One long sum with a single result would be split over threads; sums of 1,024 never are.
-    """
-    rows, n = x.shape
-    if n % 1024:
-        x = torch.nn.functional.pad(x, (0, -n % 1024))
-    return x.reshape(rows, x.shape[1] // 1024, 1024).sum(-1).sum(-1)
+def clamped(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
+    """`x.clamp(low, high)`, but compiled once for all values of the bounds."""
+    return x.clamp(*(None if bound is None else number(bound, x) for bound in (low, high)))

@@ -240,7 +240,7 @@ def learning_curve(folder: Path) -> str:
     if not rows:
         return "Not measured yet."
     lines = []
-    for name in (learning.FAST, learning.NAIVE):
+    for name in learning.WAYS:
         own = [row for row in rows if row["contestant"] == name]
         if not own:
             continue

@@ -104,6 +104,10 @@ def test_learning_says_who_got_where_and_when(monkeypatch):
     assert f"| **{learning.FAST}** | **100 ± 1** {own}" in text
     assert f"| {learning.NAIVE} | 100 ± 1 | 26.7 ± 0.0 | in 1 of 2 seeds | not reached | 0.800 ± 0.071 |" in text
     assert "2 seeds" in text and "it starts at 0.400" in text and "Measured: a CPU, 2 threads" in text
+    fair = [run(learning.BATCHED, seed, 0.9) for seed in (0, 1)]
+    monkeypatch.setattr(tables, "read", lambda *_, **__: found + fair)
+    lines = [line for line in tables.table("trainer-learning-cpu").splitlines() if line.startswith("| ")]
+    assert [name.replace("**", "") for line in lines[2:] if (name := line.split(" | ")[0][2:])] == list(learning.WAYS)
     for fewer in ([], found[:2]):
         monkeypatch.setattr(tables, "read", lambda *_, rows=fewer, **__: rows)
         assert tables.table("trainer-learning-cpu") == "Not measured yet."
@@ -116,7 +120,8 @@ def test_learning_compares_the_same_seeds_under_the_same_circumstances():
     for change in ({"device": "another"}, {"threads": 4}, {"commit": "x"}, {"dirty": True}, {"budget_s": 9.0}):
         assert learning.newest([both[0], both[1] | change]) == []
         assert (learning.FAST, 0) in learning.missing(both, [0], both[0] | change)
-    assert learning.missing(both, [0, 1], both[0]) == [(learning.FAST, 1), (learning.NAIVE, 1)]
+    left = [(learning.BATCHED, 0), *((name, 1) for name in learning.WAYS)]
+    assert learning.missing(both, [0, 1], both[0]) == left
 
 
 def test_times_to_a_reward():

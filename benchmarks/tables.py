@@ -24,7 +24,7 @@ from .kernels.memory import NAME as MEMORY
 from .kernels.report import exponents
 from .kernels.scaling import OP as SCALING
 from .kernels.test_speed import OPS
-from .rows import OURS, RESULTS, ROOT, Row, case_of, is_ours, label, newest, ratio, read, verdict
+from .rows import OURS, RESULTS, ROOT, UNJUDGED, Row, case_of, is_ours, label, newest, ratio, read, verdict
 from .sampler import counted, denoise
 from .trainer import learning
 
@@ -298,7 +298,7 @@ class Beside(NamedTuple):
         return f"{self.says}, {self.ratio:.2f}×{between}"
 
 
-ORDER = ("faster", "equal", "slower")
+ORDER = ("faster", "equal", "slower", UNJUDGED)
 ON = {"gpu": "a GPU", "cpu": "a CPU"}
 WHY = (
     "The ops' kernels are Triton's and need a GPU. On a CPU the ops are PyTorch operations, unfused, that sum in fp32 "
@@ -353,7 +353,8 @@ def _in_short(subject: str, pairs: list[Beside]) -> list[str]:
     where = pairs[0].own["device"] + (f", {pairs[0].own['threads']} threads" if kind == "cpu" else "")
     measured = f"measured on {ON[kind]} ({where})"
     if subject == "Ops":
-        counts = ", ".join(f"{says} in {sum(p.says == says for p in pairs)}" for says in ORDER)
+        found = {says: sum(pair.says == says for pair in pairs) for says in ORDER}
+        counts = ", ".join(f"{says} in {n}" for says, n in found.items() if n or says != UNJUDGED)
         without = "" if kind == "gpu" else ", without their kernels, which need a GPU"
         return [f"Ops, {measured}{without}: {counts} of {len(pairs)} cases, each beside its fastest rival."]
     lines = []

@@ -172,15 +172,16 @@ def test_what_fails_becomes_a_row_with_its_reason():
 
 
 def test_a_table_of_the_rows(tmp_path, monkeypatch):
-    found = contest(Contestant(OURS, right), Contestant("rival", lambda given: 1 / 0))
+    found = contest(Contestant(OURS, right), Contestant("slow", right), Contestant("rival", lambda given: 1 / 0))
     for name in found.entries:
         found.time(name, BENCHMARK)
     append(tmp_path / "sampler-gpu.jsonl", found.rows(environment("cpu") | {"device": "a GPU"}))
     monkeypatch.setattr(tables, "read", lambda pattern: read(pattern, tmp_path))
     written = tables.table("sampler-gpu")
-    median, low, high = found.rows({})[0]["image_step_ms"]
-    assert f"| **uae-kernels, N 2** | **{median:.3g} ({low:.3g}–{high:.3g})** |" in written
-    assert "Not run: rival at N 2 (ZeroDivisionError: division by zero)." in written
+    (ours, rival), cells = found.rows({})[:2], "{:.3g} ({:.3g}–{:.3g})"
+    assert f"| **tiny-64-5, float32, N 2, T 5: uae-kernels** | **{cells.format(*ours['image_step_ms'])}** |" in written
+    assert f"| slow | {cells.format(*rival['image_step_ms'])} | not judged, " in written  # of two visits
+    assert "Not run: rival (ZeroDivisionError: division by zero) in tiny-64-5." in written
 
 
 def test_without_a_truth_nobody_is_timed():

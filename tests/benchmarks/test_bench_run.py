@@ -180,19 +180,18 @@ def test_a_case_that_fails_is_a_row_that_says_so(tmp_path):
     assert [row["median_ms"] for row in others] == [1000.0, 1000.0]
 
 
-def timed(contestant, median, spread=0.0, date="1", **more):
+def timed(contestant, median, date="1", **more):
     row = {"op": "o", "variant": "v", "device": "d", "dtype": "t", "contestant": contestant, "config": {}, "N": 1}
-    times = {"median_ms": median, "p20_ms": median - spread, "p80_ms": median + spread}
-    return row | times | {"date": date, "peak_bytes": 8} | more
+    return row | {"median_ms": median, "visits_ms": [median] * 8, "date": date, "peak_bytes": 8} | more
 
 
 def test_verdicts():
-    ours = timed(OURS, 10.0, 1.0)
-    assert verdict(ours, timed("a", 20.0, 1.0)) == "faster"
-    assert verdict(ours, timed("a", 5.0, 1.0)) == "slower"
-    assert verdict(ours, timed("a", 12.0, 2.0)) == verdict(ours, timed("a", 8.0, 2.0)) == "equal"  # they overlap
-    exact = timed(OURS, 10.0)
-    assert verdict(exact, timed("a", 10.4)) == "equal" and verdict(exact, timed("a", 10.6)) == "faster"
+    ours = timed(OURS, 10.0)
+    for times, says in ((20.0, "faster"), (10.6, "faster"), (10.4, "equal"), (9.6, "equal"), (9.4, "slower")):
+        assert verdict(ours, timed("a", times)) == says
+    uneven = [12.0] * 6 + [10.0] * 2  # the second smallest of eight decides
+    assert verdict(ours, timed("a", 12.0, visits_ms=uneven)) == "equal"
+    assert verdict(ours, timed("a", 12.0, visits_ms=[12.0, *uneven[:-1]])) == "faster"
     found = verdicts(
         [ours, timed("a", 5.0, config={"chunk": 1}), timed("a", 4.0, config={"chunk": 2}), timed("b", 30.0)]
     )

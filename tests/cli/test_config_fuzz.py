@@ -10,7 +10,8 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from uae_fast.config import PRESETS, Config, ConfigError, invariants, leaves, load_config, save_config
+from uae_fast.config import PRESETS, Config, ConfigError, leaves, load_config, save_config
+from uae_fast.config_checks import invariants
 
 KEYS = leaves()
 TINY = (PRESETS / "tiny.yaml").read_text()

@@ -107,15 +107,9 @@ class Encoder(nn.Module):
     place: Tensor  # empty; says which device inputs belong on
 
     def __init__(
-        self,
-        model,
-        tokenizer,
-        image_processor,
-        *,
-        caption_prompt: str,
-        condition_length: int,
-        buckets: Sequence[int] = (),
-    ):
+        self, model, tokenizer, image_processor, *,
+        caption_prompt: str, condition_length: int, buckets: Sequence[int] = (),
+    ):  # fmt: skip
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer

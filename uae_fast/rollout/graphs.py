@@ -141,7 +141,7 @@ def fingerprint(decoder: Decoder) -> tuple:
 
 def loops_of(decoder: Decoder) -> Loops | None:
     """The decoder's recorded loops; None where loops are not to be recorded, as while each step is noted for fp8."""
-    if decoder.notes_steps:
+    if decoder.runs is not None:
         return None
     if decoder.records and decoder.loops is None:
         decoder.loops = Loops(CudaGraphs(decoder.device))

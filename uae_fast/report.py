@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from .config import MOMENTS
+from .config import MOMENTS, ConfigError
 from .files import write_whole
 from .text import unicode_text
 
@@ -52,10 +52,10 @@ def write_report(run: Path) -> Path:
     """Writes `report.html` into a run's folder from what the run has left there so far.
 
     Raises:
-        ValueError: the folder is not a run's.
+        ConfigError: the folder is not a run's, or what it has is broken.
     """
     if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run} is not the folder of a run: it has no config.yaml")
+        raise ConfigError([f"{run} is not the folder of a run: it has no config.yaml"])
     config = (run / "config.yaml").read_text(encoding="utf-8")
     summary_file = run / "summary.json"
     summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
@@ -99,7 +99,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             if i < len(lines):
-                raise ValueError(f"{path}:{i}: not a line of JSON") from None
+                raise ConfigError([f"{path}:{i}: not a line of JSON"]) from None
     return rows
 
 

@@ -26,7 +26,7 @@ from ..rollout.captions import Captions, sample_captions
 from ..rollout.renders import draw
 from ..seeds import derive_seed
 from ..tiny.classifier import Classifier
-from ..tiny.scenes import Scene, caption_scores, read_scene
+from ..tiny.scenes import caption_scores, scenes_by_caption
 
 ImageSet = ImageFolder | ParquetImages
 
@@ -131,7 +131,8 @@ class Evaluator:
 
     def _accuracies(self, images: Tensor, examples: list[Example]) -> list[float | None]:
         found: list[float | None] = [None] * len(examples)
-        scenes = {i: scene for i, example in enumerate(examples) if (scene := find_scene(example))}
+        known = {i: scenes_by_caption().get(example.caption or "") for i, example in enumerate(examples)}
+        scenes = {i: scene for i, scene in known.items() if scene}
         if self.classifier is not None and scenes:
             accuracies = self.classifier.accuracy(images[list(scenes)].cpu(), list(scenes.values()))
             for i, accuracy in zip(scenes, accuracies.tolist(), strict=True):
@@ -176,14 +177,6 @@ def picture_names(files: Sequence[str]) -> dict[str, str]:
     shared = Counter(stems)
     names = (f"{stem}.png" if shared[stem] == 1 else f"{stem[:40]}~{i}.png" for i, stem in enumerate(stems))
     return dict(zip(files, names, strict=True))
-
-
-def find_scene(example: Example) -> Scene | None:
-    """The scene that an image's caption completely describes, if it is one of the small world."""
-    try:
-        return read_scene(example.caption or "")
-    except ValueError:
-        return None
 
 
 def score(

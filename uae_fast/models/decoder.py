@@ -36,10 +36,7 @@ class Decoder(nn.Module):
 
     def __init__(self, transformer, vae, scheduler, pooled: Tensor, vae_tiny=None):
         super().__init__()
-        self.transformer = transformer
-        self.vae = vae
-        self.vae_tiny = vae_tiny
-        self.scheduler = scheduler
+        self.transformer, self.vae, self.vae_tiny, self.scheduler = transformer, vae, vae_tiny, scheduler
         self.register_buffer("pooled", pooled.to(transformer.dtype))
         self.has_adapter = False
         self.reference_copy: nn.Module | None = None

@@ -266,11 +266,6 @@ def save_decoder(decoder: Decoder, projector: Projector, folder: Path, dtype: to
     decoder.transformer.to(dtype).save_pretrained(folder / "decoder" / "transformer", max_shard_size=MAX_SHARD)
     decoder.scheduler.save_pretrained(folder / "decoder" / "scheduler")
     save_file({"pooled": decoder.pooled.to(dtype).contiguous()}, folder / "decoder" / "pooled.safetensors")
-    save_projector(projector, folder, dtype)
-
-
-def save_projector(projector: Projector, folder: Path, dtype: torch.dtype) -> None:
-    """Writes `projector.safetensors` into `folder`."""
     weights = {name: value.to(dtype).contiguous() for name, value in projector.state_dict().items()}
     save_file(weights, folder / "projector.safetensors")
 

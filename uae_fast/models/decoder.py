@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import by_length, in_batches
+from .batches import by_length
 from .fp8 import calibrate_transformer, load_calibration, save_calibration
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -296,10 +296,9 @@ class Decoder(nn.Module):
             return self.transformer(**given, return_dict=False)[0]
 
         if time.dim():
-            return by_length(lambda *rows: in_batches(compute, len(latents), *rows), lengths, context, latents, time)
+            return by_length(compute, len(latents), lengths, context, latents, time)
         # One level has one row of modulations, whatever the batch
-        one = partial(compute, t=time.view(1))
-        return by_length(lambda *rows: in_batches(one, len(latents), *rows), lengths, context, latents)
+        return by_length(partial(compute, t=time.view(1)), len(latents), lengths, context, latents)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

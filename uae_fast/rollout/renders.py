@@ -88,10 +88,6 @@ class Trajectory:
     lengths: list[int] | None
     images: Tensor
 
-    def step(self, row: int) -> int:
-        """The window step of a row."""
-        return row // len(self.context)
-
 
 def initial_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
     """Standard normal latents (B, *shape), fp32, one seed a row."""
@@ -126,7 +122,7 @@ def ode_path(
         return recorded.run(decoder, loop, settings, *rows)
 
     own = (latents,) if first is None else (latents, first)
-    return by_length(lambda *rows: in_batches(walk, batch, *rows), lengths, context, *own)
+    return by_length(walk, batch, lengths, context, *own)
 
 
 def euler(

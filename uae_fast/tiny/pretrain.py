@@ -15,6 +15,8 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -224,13 +226,7 @@ def train_encoder(folder: Path) -> Part:
         ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()
         grid = torch.tensor([[1, 4, 4]]).expand(len(rows), -1)
         features = model.model.get_image_features(pixels[rows].flatten(0, 1), grid).pooler_output
-        prompt = type(layout)(
-            layout.ids.expand(len(rows), -1),
-            layout.mask.expand(len(rows), -1),
-            layout.positions.expand(-1, len(rows), -1),
-            tuple(features),
-            layout.lengths * len(rows),
-        )
+        prompt = replace(layout.repeat(len(rows)), features=tuple(features))
         logits = model.lm_head(encoder.caption_states(prompt, ids, mask))
         write = F.cross_entropy(logits[mask], ids[mask])
 
@@ -246,9 +242,7 @@ def train_encoder(folder: Path) -> Part:
         )  # fmt: skip
         return write + read + words
 
-    def save() -> None:
-        save_encoder(encoder, folder / "encoder", dtype=torch.float16)
-
+    save = partial(save_encoder, encoder, folder / "encoder", dtype=torch.float16)
     return Part([model, recall, echo], loss, save, 3500, 1e-3, 0.998)
 
 
@@ -277,9 +271,7 @@ def train_reward(folder: Path) -> Part:
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return 0.2 * contrast + attribute_loss(head(image) * 4, scene_labels(scenes))
 
-    def save() -> None:
-        save_reward(model, folder / "reward", mean=[0.5] * 3, std=[0.25] * 3, dtype=torch.float16)
-
+    save = partial(save_reward, model, folder / "reward", mean=[0.5] * 3, std=[0.25] * 3, dtype=torch.float16)
     return Part([model, head], loss, save, 3000, 1e-3, 0.998)
 
 
@@ -340,9 +332,7 @@ def train_decoder(folder: Path) -> Part:
         draws = flow_matching_draws(x0.shape, generator(SEED, "decoder", step))
         return flow_matching_loss(decoder, x0, projector(states, mask), *draws)
 
-    def save() -> None:
-        save_decoder(decoder, projector, folder, dtype=torch.float16)
-
+    save = partial(save_decoder, decoder, projector, folder, dtype=torch.float16)
     return Part([decoder.transformer, projector], loss, save, 550, 1.5e-3, 0.999)
 
 

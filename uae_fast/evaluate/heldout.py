@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,11 +21,12 @@ from ..logging import ProgressLine
 from ..models import Models
 from ..models.sources import models_folder
 from ..parquet import ParquetImages
+from ..report import summarise
 from ..rollout.captions import Captions, sample_captions
 from ..rollout.renders import draw
 from ..seeds import derive_seed
 from ..tiny.classifier import Classifier
-from ..tiny.scenes import Scene, caption_scores, read_scene
+from ..tiny.scenes import caption_scores, scenes_by_caption
 
 ImageSet = ImageFolder | ParquetImages
 
@@ -72,7 +72,7 @@ class Evaluator:
         previous: list[dict] = []
         for moment in MOMENTS:
             if rows[moment]:
-                summary[moment] = moment_summary(rows[moment], previous)
+                summary[moment] = summarise(rows[moment], previous)
                 previous = rows[moment]
         write_whole(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
@@ -85,7 +85,7 @@ class Evaluator:
     def shown(self, moment: str) -> tuple[dict[str, float], dict[str, tuple[Path, str]]]:
         """What reporters show of a moment: its numbers, and its drawings with what was written of each image."""
         rows, folder = self.scores(moment), self.folder / "samples" / moment
-        values = moment_summary(rows, []) if rows else {}
+        values = summarise(rows) if rows else {}
         pictures = {
             Path(row["picture"]).stem: (folder / row["picture"], row["caption"]) for row in rows if "picture" in row
         }
@@ -131,7 +131,8 @@ class Evaluator:
 
     def _accuracies(self, images: Tensor, examples: list[Example]) -> list[float | None]:
         found: list[float | None] = [None] * len(examples)
-        scenes = {i: scene for i, example in enumerate(examples) if (scene := find_scene(example))}
+        known = {i: scenes_by_caption().get(example.caption or "") for i, example in enumerate(examples)}
+        scenes = {i: scene for i, scene in known.items() if scene}
         if self.classifier is not None and scenes:
             accuracies = self.classifier.accuracy(images[list(scenes)].cpu(), list(scenes.values()))
             for i, accuracy in zip(scenes, accuracies.tolist(), strict=True):
@@ -178,14 +179,6 @@ def picture_names(files: Sequence[str]) -> dict[str, str]:
     return dict(zip(files, names, strict=True))
 
 
-def find_scene(example: Example) -> Scene | None:
-    """The scene that an image's caption completely describes, if it is one of the small world."""
-    try:
-        return read_scene(example.caption or "")
-    except ValueError:
-        return None
-
-
 def score(
     example: Example, caption: str, tokens: int | None, rewards: dict[str, float], accuracy: float | None
 ) -> dict:
@@ -202,23 +195,6 @@ def score(
     }
 
 
-def moment_summary(rows: list[dict], previous: list[dict]) -> dict:
-    """A moment's entry in `summary.json`; gains are paired over images with the moment before."""
-    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
-    gains = rewards - torch.tensor([row["reward"] for row in previous], dtype=torch.float64) if previous else None
-    heldout = {"heldout_reward": _mean(rows, "heldout_reward")} if "heldout_reward" in rows[0] else {}
-    return {
-        **heldout,
-        "reward": rewards.mean().item(),
-        "reward_stderr": _stderr(rewards),
-        "reward_gain_stderr": None if gains is None else _stderr(gains),
-        "attribute_recall": _mean(rows, "recall"),
-        "attribute_precision": _mean(rows, "precision"),
-        "caption_tokens": _mean(rows, "tokens"),
-        "accuracy": _mean(rows, "accuracy"),
-    }
-
-
 def to_image(pixels: Tensor) -> Image.Image:
     """A tensor (3, H, W) in [0, 1] as an RGB image."""
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
@@ -227,10 +203,6 @@ def to_image(pixels: Tensor) -> Image.Image:
 def _mean(rows: list[dict], key: str) -> float | None:
     values = [row[key] for row in rows if row[key] is not None]
     return sum(values) / len(values) if values else None
-
-
-def _stderr(values: Tensor) -> float | None:
-    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def print_summary(summary: dict) -> None:

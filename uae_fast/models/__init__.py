@@ -44,8 +44,8 @@ class Models:
 
     def freeze(self) -> None:
         """Nothing trains."""
-        for part in (self.encoder, self.decoder):
-            part.freeze()
+        self.encoder.freeze()
+        self.decoder.freeze()
         self.projector.requires_grad_(False)
 
     def to(self, device: torch.device) -> Models:

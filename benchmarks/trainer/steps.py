@@ -71,7 +71,8 @@ class Contest(harness.Contest):
     def time(self, key: str, benchmark: Any) -> str | None:
         if self.entry.reason:
             return self.entry.reason
-        benchmark.pedantic(lambda: self.found.append(self.taker.take()), rounds=1)
+        rounds = 3 if self.case.passes == 1 else 1
+        benchmark.pedantic(lambda: self.found.append(self.taker.take()), rounds=rounds)
         self.entry.times += benchmark.stats.stats.data
         return None
 
@@ -98,7 +99,9 @@ class Taker:
         config = case.config()
         self.ready = prepare(case.stage, config)
         stage = self.ready.stage
-        self.optimizer = build_optimizer(stage.groups(), config.optimizer)
+        groups = stage.groups()
+        stage.models.bring(stage.trains)
+        self.optimizer = build_optimizer(groups, config.optimizer)
         self.mean = RunningMean(self.ready.parameters, getattr(stage.settings, "ema_decay", 0.0))
         self.run: Any = SimpleNamespace(
             config=config, models=stage.models, stop=StopRequest(), position=Position(), data=self.ready.data

@@ -6,7 +6,7 @@ The parts, in this order:
     kernels   every kernel's tests, compiled: each op once, between canaries; then accuracy and bits; random inputs last
     trainer   steps of every stage on the small world, as `test_pretend_gpu.py` takes them without a GPU
     sizes     steps of full-size presets with random weights, each under the memory of its card, and stage 3's update
-              beside a plain Flow-GRPO: rows as `uae-fast bench trainer` has them
+              beside a plain Flow-GRPO: rows as `uae-fast bench trainer` has them; -k "steps and sd35l" chooses
     sanitize  the kernels under NVIDIA's compute-sanitizer
 
 Needs PyTorch, Triton, NumPy, pytest, pytest-xdist and hypothesis, and nothing of this repository installed; what other
@@ -40,6 +40,7 @@ SHOWN = 30  # failures
 LINE = 160  # characters of one
 MARGIN = 10.0  # seconds between a part's last new test and its end by force
 NEEDED = ("triton", "numpy", "pytest", "xdist", "hypothesis")
+PRESETS = ("sd35l_24gb", "sd35m_16gb", "sd35l_h200")
 MODELS = ("diffusers", "peft", "transformers", "accelerate", "omegaconf", "rich", "safetensors", "PIL")
 
 
@@ -49,17 +50,23 @@ class Part:
     share: of the time that is left when it begins.
     needs: modules without which nothing of it runs.
     wants: modules without which some of its tests are skipped.
+    chosen: pytest's -k of each process of it, one after the other.
     """
 
     share: float
     needs: tuple[str, ...] = ()
     wants: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ("",)
 
 
 PARTS = {
     "kernels": Part(0.5, wants=("diffusers", "peft")),
     "trainer": Part(0.4, MODELS, wants=("bitsandbytes",)),
-    "sizes": Part(0.7, (*MODELS, "bitsandbytes", "pytest_benchmark")),
+    "sizes": Part(
+        0.8,
+        (*MODELS, "bitsandbytes", "pytest_benchmark"),
+        chosen=("steps and sd35m_24gb", "stage3 and 80gb", *(f"steps and {preset}" for preset in PRESETS)),
+    ),
     "sanitize": Part(1.0),
 }
 
@@ -200,7 +207,7 @@ def check(parts: list[str], folder: Path, budget: float | None, expression: str 
     file.touch()
     notes = [environment()]
     print(notes[0], flush=True)
-    command = [sys.executable, str(HERE / "gpu_check.py"), "--here", "--out", str(folder), "-k", expression]
+    command = [sys.executable, str(HERE / "gpu_check.py"), "--here", "--out", str(folder)]
     for name in parts:
         part = PARTS[name]
         if absent := missing(part.needs):
@@ -208,15 +215,17 @@ def check(parts: list[str], folder: Path, budget: float | None, expression: str 
             continue
         if absent := missing(part.wants):
             notes.append(f"{name}: less, for want of {', '.join(absent)}")
-        left = None
-        if budget is not None:
-            left = budget - (time.monotonic() - start)
-            left = left if name == parts[-1] else part.share * left
-            if left < 2 * MARGIN:
-                notes.append(f"{name}: not begun, the budget is spent")
+        now = time.monotonic()
+        end = None if budget is None else now + (start + budget - now) * (1.0 if name == parts[-1] else part.share)
+        for chosen in (expression,) if expression else part.chosen:
+            said = name if chosen == expression else f"{name}, {chosen}"
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left < 2 * MARGIN:
+                notes.append(f"{said}: not begun, the time is spent")
                 continue
-        until = [] if left is None else ["--budget", f"{left - MARGIN}s"]
-        notes += [f"{name}: {what}" for what in within(left, [*command, *until, name], folder / "gpu-check.log")]
+            until = [] if left is None else ["--budget", f"{left - MARGIN}s"]
+            found = within(left, [*command, "-k", chosen, *until, name], folder / "gpu-check.log")
+            notes += [f"{said}: {what}" for what in found]
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     print(summary(lines, [*notes, *sizes(folder)]), flush=True)
     return int(not lines or any(line["outcome"] == "failed" for line in lines))
@@ -237,7 +246,7 @@ def within(limit: float | None, command: list[str], log: Path) -> list[str]:
         return [f"killed after {limit:.0f} s"]
     if status == 2:  # pytest's, where a session was stopped
         return ["stopped, the budget is spent"]
-    return [] if status in (0, 1) else [f"ended with status {status}, see {log.name}"]
+    return [] if status in (0, 1, 5) else [f"ended with status {status}, see {log.name}"]
 
 
 def run(part: str, folder: Path, budget: float | None, expression: str = "") -> int:
@@ -255,7 +264,7 @@ def run(part: str, folder: Path, budget: float | None, expression: str = "") -> 
         return 0
     report = Report(file, budget)
     if part == "sizes":
-        rows = ["--rows", str(folder), "-k", expression or "trainer-steps or trainer-stage3"]
+        rows = ["--rows", str(folder), "-k", expression]
         rows += [] if budget is None else ["--budget", str(budget)]
         return tests([ROOT / "benchmarks" / "trainer" / "test_speed.py"], report, 0, rows)
     files = {"kernels": sorted(HERE.glob("test_triton_*.py")), "trainer": [HERE.parent / "trainer" / "test_gpu.py"]}

@@ -77,8 +77,9 @@ def begun(monkeypatch):
 
     def within(limit, command, log):
         told = float(command[command.index("--budget") + 1][:-1]) if "--budget" in command else None
-        found.append((command[-1], limit, told))
-        clock.now += clock.took.get(command[-1], 0.0)
+        part, chosen = command[-1], command[command.index("-k") + 1]
+        found.append((f"{part} {chosen}".strip(), limit, told))
+        clock.now += clock.took.get(part, 0.0)
         return []
 
     monkeypatch.setattr(gpu_check, "within", within)
@@ -89,17 +90,20 @@ def begun(monkeypatch):
 
 
 def test_what_a_part_leaves_of_its_share_is_the_next_ones(begun, tmp_path, capsys):
-    begun.clock.took = {"kernels": 40.0, "trainer": 200.0, "sizes": 285.0}
+    begun.clock.took = {"kernels": 40.0, "trainer": 200.0, "sizes": 110.0}
     gpu_check.check(list(gpu_check.PARTS), tmp_path, 540.0)
     assert begun.parts == [
-        ("kernels", 270.0, 260.0), ("trainer", 200.0, 190.0), ("sizes", pytest.approx(210), pytest.approx(200)),
+        ("kernels", 270.0, 260.0), ("trainer", 200.0, 190.0), ("sizes steps and sd35m_24gb", 240.0, 230.0),
+        ("sizes stage3 and 80gb", 130.0, 120.0), ("sizes steps and sd35l_24gb", 20.0, 10.0),
     ]  # fmt: skip
-    assert "sanitize: not begun, the budget is spent" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "sizes, steps and sd35m_16gb: not begun, the time is spent" in said
+    assert "sanitize: not begun, the time is spent" in said
 
 
 def test_without_a_budget_nothing_is_cut_short(begun, tmp_path):
-    gpu_check.check(["kernels", "sanitize"], tmp_path, None)
-    assert begun.parts == [("kernels", None, None), ("sanitize", None, None)]
+    gpu_check.check(["kernels", "sanitize", "sizes"], tmp_path, None, "steps and sd35l")
+    assert begun.parts == [(f"{part} steps and sd35l", None, None) for part in ("kernels", "sanitize", "sizes")]
 
 
 def test_what_is_not_installed_is_said_and_left_out(begun, monkeypatch, tmp_path, capsys):

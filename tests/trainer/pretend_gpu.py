@@ -37,6 +37,7 @@ WAITS = {
     aten.repeat_interleave.Tensor, aten.unique_consecutive.default, aten._unique2.default, aten.unique_dim.default,
     aten.bincount.default,
 }  # fmt: skip
+SHARED = 49152  # bytes of shared memory of a block
 INT8 = "bitsandbytes::int8_vectorwise_quant"  # asks for outliers, on a GPU alone
 # Without an algorithm on GPUs that repeats bit for bit: `torch.use_deterministic_algorithms` has them raise there
 UNREPEATABLE = {
@@ -192,6 +193,10 @@ class Gpu(TorchDispatchMode):
                     self.wait(function)
         elif here and foreign and function.namespace != "uae_kernels":
             raise RuntimeError(f"{function}: tensors on two devices, at {asked()}")
+        if function is aten._upsample_bicubic2d_aa.default and here:
+            height, width = (2 * -(-2 * a // b) + 1 for a, b in zip(args[0].shape[-2:], args[1], strict=True))
+            if 4 * (32 * width + 33 * height) > SHARED:
+                raise RuntimeError(f"Too much shared memory required: {width} and {height} pixels, at {asked()}")
         if self.deterministic and here:
             floats = function is aten.cumsum.default and args[0].is_floating_point()
             if floats or function in UNREPEATABLE:

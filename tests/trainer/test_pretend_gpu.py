@@ -169,6 +169,18 @@ def test_a_recorded_graph_computes_on_its_memory():
             graph.replay()
 
 
+def test_a_photograph_is_resized_for_a_small_encoder():
+    image = torch.rand(1, 3, 1400, 900)
+    with gpu():
+        images = image.to("cuda")
+        with pytest.raises(RuntimeError, match="shared memory"):
+            torch.nn.functional.interpolate(images, (20, 20), mode="bicubic", antialias=True)
+        small = _Bicubic.apply(images, (20, 20))
+        assert small.is_cuda and _Bicubic.apply(images, (32, 32)).is_cuda
+        small = small.cpu()
+    assert torch.equal(small, torch.nn.functional.interpolate(image, (20, 20), mode="bicubic", antialias=True))
+
+
 def test_the_rewards_resizing_repeats():
     with gpu(deterministic=True):
         images = torch.rand(1, 3, 12, 12, device="cuda").requires_grad_()

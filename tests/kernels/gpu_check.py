@@ -223,8 +223,10 @@ def check(parts: list[str], folder: Path, budget: float | None, expression: str 
             if left is not None and left < 2 * MARGIN:
                 notes.append(f"{said}: not begun, the time is spent")
                 continue
-            until = [] if left is None else ["--budget", f"{left - MARGIN}s"]
+            until, before = [] if left is None else ["--budget", f"{left - MARGIN}s"], file.stat().st_size
             found = within(left, [*command, "-k", chosen, *until, name], folder / "gpu-check.log")
+            if not found and file.stat().st_size == before:
+                found = ["nothing ran, see gpu-check.log"]
             notes += [f"{said}: {what}" for what in found]
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     print(summary(lines, [*notes, *sizes(folder)]), flush=True)

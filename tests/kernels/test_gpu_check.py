@@ -97,6 +97,7 @@ def test_what_a_part_leaves_of_its_share_is_the_next_ones(begun, tmp_path, capsy
         ("sizes stage3 and 80gb", 130.0, 120.0), ("sizes steps and sd35l_24gb", 20.0, 10.0),
     ]  # fmt: skip
     said = capsys.readouterr().out
+    assert "trainer: nothing ran, see gpu-check.log" in said
     assert "sizes, steps and sd35m_16gb: not begun, the time is spent" in said
     assert "sanitize: not begun, the time is spent" in said
 

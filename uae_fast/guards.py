@@ -133,7 +133,10 @@ def first_non_finite(models: Models, trained: tuple[str, ...], tensors: dict[str
 # ---- memory that runs out -------------------------------------------------------------------------------------------
 
 
-ALLOCATIONS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+ALLOCATIONS = (
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory", "Triton Error [CUDA]: out of memory",  # as where a kernel is loaded
+)  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -81,6 +81,7 @@ def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str]) ->
     find_sources(config)
     check_reporters(config.reporters)
     torch.set_float32_matmul_precision(config.float32_products)
+    torch.backends.cudnn.allow_tf32 = config.float32_products != "highest"  # convolutions have a switch of their own
     print(set_deterministic(config.deterministic), flush=True)
     kinds = [STAGES[number] for number in config.stages]
     captions = any(kind.needs_captions for kind in kinds)
@@ -153,6 +154,7 @@ def run_stage(stage: Stage, run: Run) -> None:
     config, models, settings, position = run.config, run.models, stage.settings, run.position
     settings.micro_batch = position.micro_batch or settings.micro_batch
     groups = stage.groups()
+    models.bring(stage.trains)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = build_optimizer(groups, config.optimizer)
     mean = RunningMean(parameters, getattr(settings, "ema_decay", 0.0))

@@ -68,7 +68,8 @@ class Contest(harness.Contest):
     def time(self, key: str, benchmark: Any) -> str | None:
         if self.entry.reason:
             return self.entry.reason
-        benchmark.pedantic(lambda: self.found.append(self.taker.take()), rounds=1)
+        rounds = 3 if self.case.passes == 1 else 1
+        benchmark.pedantic(lambda: self.found.append(self.taker.take()), rounds=rounds)
         self.entry.times += benchmark.stats.stats.data
         return None
 

@@ -83,7 +83,9 @@ class Steps:
     def __init__(self, number: int, config: Config):
         ready = prepare(number, config)
         self.stage, self.data, self.config, self.step = ready.stage, ready.data, config, 0
-        self.optimizer = build_optimizer(self.stage.groups(), config.optimizer)
+        groups = self.stage.groups()
+        self.stage.models.bring(self.stage.trains)
+        self.optimizer = build_optimizer(groups, config.optimizer)
         self.mean = RunningMean(ready.parameters, getattr(self.stage.settings, "ema_decay", 0.0))
         self.run: Any = SimpleNamespace(
             config=config, models=self.stage.models, stop=StopRequest(), position=Position(), data=self.data

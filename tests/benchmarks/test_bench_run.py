@@ -1,9 +1,11 @@
 """The benchmark command: order, budget, going on, failures as rows, verdicts and fitted exponents."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,6 +180,17 @@ def test_a_case_that_fails_is_a_row_that_says_so(tmp_path):
     assert (first["contestant"], first["median_ms"], first["N"]) == (OURS, None, 1)
     assert "d_x is off by" in first["reason"] and first["commit"] == "abc"
     assert [row["median_ms"] for row in others] == [1000.0, 1000.0]
+
+
+def test_a_failure_keeps_nothing_of_its_case(tmp_path):
+    """A contest that fails has its inputs in its frames, on a GPU gigabytes."""
+    contests, failing, given = conftest.Contests(HERE, tmp_path), op(wrong=0.1), []
+    make = failing.inputs
+    failing.inputs = lambda case: given.append(weakref.ref(x := make(case))) or x
+    with pytest.raises(Exception, match="d_x is off by"):
+        visit(contests, failing, a_case(1))
+    gc.collect()
+    assert contests.failure and len(given) == 1 and given[0]() is None
 
 
 def timed(contestant, median, date="1", **more):

@@ -70,6 +70,8 @@ def load_models(config: Config) -> Models:
     sources, settings = find_sources(config), config.models
     import_bitsandbytes()
     device, records = run_device(config), records_graphs(config)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # graphs are recorded, and memory is pinned, for the current one
     if config.same_sampler.fp8:
         check_fp8(device)
     given: dict[str, Any] = {"device": device, "seed": None}
@@ -120,7 +122,7 @@ def load_models(config: Config) -> Models:
             raise ConfigError([f"models.start: {error}"]) from None
         load_checkpoint(Path(settings.start), models)
     if settings.offload:
-        Offloader(models, device)
+        models.offloader = Offloader(models, device)
     else:
         models.to(device)
     if accelerated(config):

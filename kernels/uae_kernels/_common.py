@@ -75,6 +75,18 @@ def direct(
     return call
 
 
+def schema(inputs: type) -> str:
+    """The fields of a NamedTuple as the arguments of a custom op."""
+    kinds: dict[Any, str] = {
+        Tensor | None: "Tensor?",
+        int | None: "SymInt?",
+        Tensor: "Tensor",
+        str: "str",
+        bool: "bool",
+    }
+    return ", ".join(f"{kinds[kind]} {name}" for name, kind in inputs.__annotations__.items())
+
+
 def pack_head(temperature: float, softcap: float | None, logit_scale: float) -> Tensor:
     """What turns h·Wᵀ into scores; no softcap is 0."""
     return pack(temperature, softcap or 0.0, logit_scale)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import unpack
+from ._common import schema, unpack
 from ._triton import jit, launch, narrow, tl
 
 BLOCK = 1024  # elements of a sample that a program handles at a time
@@ -308,10 +308,7 @@ class Step(NamedTuple):
         return tuple(x.new_empty(x.shape) if x is not None and need else self.sample.new_empty(0) for x, need in given)
 
 
-SCHEMA = """
-    Tensor velocity, Tensor? velocity_uncond, Tensor sample, Tensor? next_sample, Tensor? ref_velocity,
-    Tensor? sigma, Tensor? sigma_next, Tensor? sigma_max, Tensor packed, str kind, str log_prob, str kl
-"""
+SCHEMA = schema(Step)
 TENSORS, INPUTS = 9, len(Step._fields)
 
 

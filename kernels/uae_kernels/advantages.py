@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import pack, unpack
+from ._common import pack, schema, unpack
 from ._triton import fp64, jit, launch, tl, use_triton
 from .reference.advantages import check_arguments, weight_row
 
@@ -272,10 +272,7 @@ class _Inputs(NamedTuple):
         return table, weights, math.inf if clip is None else clip, groups, whole
 
 
-SCHEMA = """
-    Tensor rewards, Tensor? group_ids, Tensor? weights, Tensor packed, SymInt? group_size, str aggregation, str scale,
-    bool unbiased, bool leave_one_out
-"""
+SCHEMA = schema(_Inputs)
 
 
 @torch.library.custom_op("uae_kernels::group_advantages", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")

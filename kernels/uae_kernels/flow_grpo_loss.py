@@ -115,9 +115,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad, grad_per_sample, *_):
     slopes, divisor, *tensors = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if grad is not None or grad_per_sample is not None:
-        grads = _backward(None, None, grad_per_sample, grad, slopes, divisor, *tensors, *ctx.options, *needs)
+    grads = _backward(None, None, grad_per_sample, grad, slopes, divisor, *tensors, *ctx.options, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * INPUTS
 
 

@@ -50,9 +50,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad_next, grad_log_prob, grad_mean, _):
     needs = ctx.needs_input_grad[:3]
     given = grad_mean, grad_next if ctx.drawn else None, grad_log_prob, None, None, None
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if any(g is not None for g in given):
-        grads = _backward(*given, *ctx.saved_tensors, *ctx.options, *needs)
+    grads = _backward(*given, *ctx.saved_tensors, *ctx.options, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * INPUTS
 
 

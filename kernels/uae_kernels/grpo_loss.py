@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import GRPOLoss, pack
+from ._common import GRPOLoss, pack, schema
 from ._triton import fp64, jit, launch, narrow, tl, use_triton
 from .advantages import _moments
 from .reference.grpo_loss import (
@@ -21,7 +21,6 @@ from .reference.grpo_loss import (
     MIN_LOGPROB,
     OVER_TOKENS,
     check_arguments,
-    check_needs,
     entropy_cut,
     kept_tokens,
 )
@@ -410,11 +409,7 @@ class Inputs(NamedTuple):
         )  # fmt: skip
 
 
-SCHEMA = """
-    Tensor logprobs, Tensor? entropies, Tensor? advantages, Tensor? rewards, Tensor? mask, Tensor? old_logprobs,
-    Tensor? ref_logprobs, Tensor? sampling_logprobs, Tensor? cut, Tensor? normalizer, Tensor packed,
-    SymInt? group_size, SymInt? max_length, str loss_type, str importance_level, str kl_estimator, str importance_mode
-"""
+SCHEMA = schema(Inputs)
 
 
 def _outputs(x: Inputs) -> tuple[Tensor, ...]:
@@ -479,9 +474,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad, grad_per_token, *_):
     state, *tensors = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    grads: tuple[Tensor | None, ...] = (None, None)
-    if grad is not None or grad_per_token is not None:
-        grads = _backward(grad, grad_per_token, state, *tensors, *ctx.options, *needs)
+    grads = _backward(grad, grad_per_token, state, *tensors, *ctx.options, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 15
 
 
@@ -520,31 +513,29 @@ def grpo_loss(
 ) -> GRPOLoss:
     """Clipped policy loss of B sequences of T tokens, its metrics, and the loss of each token.
 
-    With the ratio r = exp(log π − log π_old), advantage A and the mask's token counts K_i, per token (TRL
-    1.16):
+    With the ratio r = exp(log π − log π_old), advantage A and the mask's token counts K_i, per token (TRL 1.16):
 
     - grpo, bnpo, dr_grpo, dapo, luspo: −min(min(r, delta)·A, clip(r, 1 − clip_low, 1 + clip_high)·A)
     - cispo (arXiv 2506.13585): −sg(min(r, clip_high))·A·log π; clip_high is the cap itself, not 1 + clip_high
     - sapo (arXiv 2511.20347): −(4/τ)·σ(τ(r − 1))·A, τ by the sign of A
     - vespo: −φ·A·log π, φ = exp(λ + k·log w − λ·w) without gradient, w the whole sequence's ratio
 
-    then, in this order, × off-policy mask, × entropy mask, × sampler correction (not vespo, which has it in
-    w), + beta·KL. The sum over unmasked tokens is divided as follows; `normalizer` replaces the quantity in
-    brackets (clamped at 1), so that micro-batches of one large batch can share its count:
+    then, in this order, × off-policy mask, × entropy mask, × sampler correction (not vespo, which has it in w),
+    + beta·KL. The sum over unmasked tokens is divided as follows; `normalizer` replaces the quantity in brackets
+    (clamped at 1), so that micro-batches of one large batch can share its count:
 
     - grpo, sapo: Σ_i (Σ_t L/K_i) / [B]
     - bnpo, dapo, cispo, vespo: Σ L / [Σ mask]
     - dr_grpo: Σ L / ([B]·max_length)
-    - luspo: Σ_i (Σ_t L) / [B]; luspo_legacy (older TRL, Liger): Σ_i K_i·mean_t(L over all T) / [B], masked
-      tokens counting as tokens of log-ratio 0
+    - luspo: Σ_i (Σ_t L) / [B]; luspo_legacy (older TRL, Liger): Σ_i K_i·mean_t(L over all T) / [B], masked tokens
+      counting as tokens of log-ratio 0
 
     Finally entropy_coef × the mean entropy of the tokens kept is subtracted.
 
-    Defined everywhere: nothing a masked position holds, NaN included, reaches the loss or a gradient; an
-    empty mask gives loss 0 and gradients 0; log-probabilities below −1e4 (−inf: a sampled token of
-    probability 0) count as −1e4 without gradient, so −inf on both sides is ratio 1; log-ratios are cut
-    at ±20. With old_logprobs None, or equal to logprobs, every ratio is exactly 1 and both clip fractions
-    exactly 0 (cispo counts it where its cap is below 1).
+    Defined everywhere: nothing a masked position holds, NaN included, reaches the loss or a gradient; an empty mask
+    gives loss 0 and gradients 0; log-probabilities below −1e4 (−inf: a sampled token of probability 0) count as −1e4
+    without gradient, so −inf on both sides is ratio 1; log-ratios are cut at ±20. With old_logprobs None, or equal to
+    logprobs, every ratio is exactly 1 and both clip fractions exactly 0 (cispo counts it where its cap is below 1).
 
     Args:
         logprobs: (B, T) floats, differentiable.
@@ -554,8 +545,7 @@ def grpo_loss(
         mask: (B, T), nonzero = counts. None = every token.
         old_logprobs: (B, T) under the policy that made the batch, None = logprobs without gradient.
         ref_logprobs: (B, T) under the reference policy, needed by `beta`.
-        sampling_logprobs: (B, T) as the sampler (an inference engine) reported them; NaN = no correction
-            there.
+        sampling_logprobs: (B, T) as the sampler (an inference engine) reported them; NaN = no correction there.
         entropies: (B, T) in nats, differentiable through `entropy_coef`.
         loss_type: "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "luspo_legacy", "cispo", "sapo" or "vespo".
         importance_level: "token", or "sequence": r = exp(mean_t(log π − log π_old)) (GSPO, arXiv 2507.18071).
@@ -565,24 +555,22 @@ def grpo_loss(
         kl_estimator: of x = log π_ref − log π: "k1" −x, "k2" x²/2, "k3" e^x − x − 1, "k3_importance" k3·r.
         sapo_temperature: τ for A > 0 and for the rest.
         vespo: (k, λ) for A ≥ 0, then (k, λ) for A < 0.
-        importance_mode: how ρ = exp(log π_old − log π_sampler) is limited: "token_…" per token or
-            "sequence_…" on the sequence's sum; "…_truncate" clamps it, "…_mask" drops what lies outside.
+        importance_mode: how ρ = exp(log π_old − log π_sampler) is limited: "token_…" per token or "sequence_…" on the
+            sequence's sum; "…_truncate" clamps it, "…_mask" drops what lies outside.
         importance_floor, importance_cap: the limits, None = 0 and infinity.
-        off_policy_threshold: drops sequences of negative advantage whose mean log π_sampler − log π exceeds
-            it.
-        entropy_quantile: keeps this fraction of the tokens, those with the highest entropy (arXiv
-            2506.01939).
+        off_policy_threshold: drops sequences of negative advantage whose mean log π_sampler − log π exceeds it.
+        entropy_quantile: keeps this fraction of the tokens, those with the highest entropy (arXiv 2506.01939).
         entropy_coef: weight of the entropy bonus.
         normalizer: number or 0-d tensor, see above.
         max_length: tokens per sequence dr_grpo divides by, None = T.
         impl: "auto" runs Triton on a GPU and PyTorch elsewhere and for fp64 log-probs; "triton" and "torch" insist.
 
     Returns:
-        GRPOLoss: `loss` fp32 (fp64 for fp64 log-probs); `metrics` over unmasked tokens: kl (as it enters the
-        loss), ratio_mean, ratio_max, clip_fraction_low (r < 1 − clip_low, A < 0), clip_fraction_high (r
-        beyond the upper bound, A > 0), all 0 for an empty mask, and zero_std_fraction, the fraction of groups
-        (of sequences without group_size) whose advantages are all exactly 0; `per_token` (B, T) before the
-        reduction, 0 where masked; `logprobs` detached.
+        GRPOLoss: `loss` fp32 (fp64 for fp64 log-probs); `metrics` over unmasked tokens: kl (as it enters the loss),
+        ratio_mean, ratio_max, clip_fraction_low (r < 1 − clip_low, A < 0), clip_fraction_high (r beyond the upper
+        bound, A > 0), all 0 for an empty mask, and zero_std_fraction, the fraction of groups (of sequences without
+        group_size) whose advantages are all exactly 0; `per_token` (B, T) before the reduction, 0 where masked;
+        `logprobs` detached.
 
     Raises:
         ValueError: shapes that do not fit, unknown choices, an option whose input is missing.
@@ -600,9 +588,8 @@ def grpo_loss(
         )  # fmt: skip
     check_arguments(
         logprobs, advantages, rewards, group_size, (mask, old_logprobs, ref_logprobs, sampling_logprobs, entropies),
-        loss_type, importance_level, kl_estimator, importance_mode,
+        loss_type, importance_level, kl_estimator, importance_mode, beta, entropy_quantile, entropy_coef,
     )  # fmt: skip
-    check_needs(beta, ref_logprobs, entropy_quantile, entropy_coef, entropies)
     divisor, count = (normalizer.to(logprobs.device), None) if isinstance(normalizer, Tensor) else (None, normalizer)
     clip_high = clip_low if clip_high is None else clip_high
     packed = pack(

@@ -53,17 +53,9 @@ def grpo_loss(
     """See `uae_kernels.grpo_loss`; differentiable in `logprobs` and, through the bonus, `entropies`."""
     check_impl("grpo_loss", impl)
     check_arguments(
-        logprobs,
-        advantages,
-        rewards,
-        group_size,
-        (mask, old_logprobs, ref_logprobs, sampling_logprobs, entropies),
-        loss_type,
-        importance_level,
-        kl_estimator,
-        importance_mode,
-    )
-    check_needs(beta, ref_logprobs, entropy_quantile, entropy_coef, entropies)
+        logprobs, advantages, rewards, group_size, (mask, old_logprobs, ref_logprobs, sampling_logprobs, entropies),
+        loss_type, importance_level, kl_estimator, importance_mode, beta, entropy_quantile, entropy_coef,
+    )  # fmt: skip
     shape, dtype = logprobs.shape, compute_dtype(logprobs)
     clip_high = clip_low if clip_high is None else clip_high
     m = kept_tokens(logprobs, mask)
@@ -248,6 +240,9 @@ def check_arguments(
     importance_level: str,
     kl_estimator: str,
     importance_mode: str,
+    beta: float,
+    entropy_quantile: float | None,
+    entropy_coef: float,
 ) -> None:
     op = "grpo_loss"
     check_choice(op, "loss_type", loss_type, LOSS_TYPES)
@@ -270,17 +265,9 @@ def check_arguments(
         raise ValueError(f"{op}: rewards must be ({logprobs.shape[0]},) and come with group_size")
     if group_size is not None and (group_size < 1 or logprobs.shape[0] % group_size):
         raise ValueError(f"{op}: {logprobs.shape[0]} sequences are not whole groups of {group_size}")
-
-
-def check_needs(
-    beta: float,
-    ref_logprobs: Tensor | None,
-    entropy_quantile: float | None,
-    entropy_coef: float,
-    entropies: Tensor | None,
-) -> None:
-    """An option whose input is missing is an error, never dropped."""
+    # An option whose input is missing is an error, never dropped.
+    _, _, ref_logprobs, _, entropies = per_token
     if ref_logprobs is None and beta != 0.0:
-        raise ValueError("grpo_loss: beta needs ref_logprobs")
+        raise ValueError(f"{op}: beta needs ref_logprobs")
     if entropies is None and (entropy_quantile is not None or entropy_coef != 0.0):
-        raise ValueError("grpo_loss: entropy_quantile and entropy_coef need entropies")
+        raise ValueError(f"{op}: entropy_quantile and entropy_coef need entropies")

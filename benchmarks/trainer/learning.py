@@ -39,6 +39,7 @@ from uae_fast.rollout.renders import draw
 from uae_fast.seeds import derive_seed
 from uae_fast.stages import generation_for_understanding as stage2
 
+from ..kernels import report
 from ..rows import OURS, RESULTS, Row, append, environment, read
 from .worlds import Steps, small_world, tiny_config
 
@@ -188,12 +189,7 @@ def at(curve: Sequence[tuple[float, float]], seconds: float) -> float:
 
 def plot(rows: Sequence[Row], file: Path) -> None:
     """Held-out reward against seconds of training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = report.pyplot().subplots(figsize=(7, 4), layout="constrained")
     for name, color in zip(WAYS, ("C0", "C2", "C1"), strict=True):
         curves = [row["heldout"] for row in rows if row["contestant"] == name]
         for curve in curves:
@@ -207,9 +203,8 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     axis.set_xlabel("seconds of training")
     axis.set_ylabel("reward, held-out images")
     axis.set_title(f"Stage 2, tiny preset, {rows[0]['device']}, {rows[0]['threads']} threads, measured", fontsize=10)
-    axis.legend(loc="lower right", fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+    report.save(figure, file)
 
 
 def main() -> int:

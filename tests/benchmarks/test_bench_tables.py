@@ -177,7 +177,7 @@ def growing():
 )
 def test_plots_are_titled_and_legends_cover_nothing(measured, legends, monkeypatch, tmp_path):
     figures = []
-    monkeypatch.setattr(report, "_save", lambda figure, *_: figures.append(figure))
+    monkeypatch.setattr(report, "save", lambda figure, *_: figures.append(figure))
     report.plot(measured, tmp_path)
     (figure,) = figures
     figure.draw_without_rendering()

@@ -16,7 +16,7 @@ from torch import Tensor
 from .checkpoint import last_words, remedy
 from .models import Models
 from .stages import Metrics, Stage
-from .team import OUT_OF_MEMORY, Team, Trouble
+from .team import MISTAKE, OUT_OF_MEMORY, Team, Trouble
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -89,6 +89,8 @@ def in_all_processes() -> Iterator[None]:
         if code:  # told where the traceback, which holds tensors, is gone
             team.exchange(code=code)
     except Trouble as trouble:
+        if trouble.code == MISTAKE:
+            raise
         if trouble.code == OUT_OF_MEMORY:
             raise torch.OutOfMemoryError("out of memory in one of the processes") from None
         raise Interrupted(trouble.code) from None
@@ -100,16 +102,18 @@ def stop_requests(models: Models) -> Iterator[StopRequest]:
 
     The handlers only take note. What stops the run is a forward pass of one of `models`, and only where the loop heeds
     requests: a rollout of minutes is left within one pass, an optimiser's step or a save never in its middle. A second
-    SIGINT or SIGTERM ends the process at once.
+    SIGINT or SIGTERM ends the process at once; but not one of several, which may get one request twice: from its
+    launcher, and from whoever told both.
     """
-    stop, speaks = StopRequest(), Team().rank == 0
+    stop, team = StopRequest(), Team()
 
     def on_stop(number: int, _: object) -> None:
         stop.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if speaks:  # not by print, which may have been what was interrupted
-            os.write(2, b"\nsaving and stopping; once more stops at once\n")
+        if team.size == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if team.rank == 0:  # not by print, which may have been what was interrupted
+            os.write(2, b"\nsaving and stopping" + b"; once more stops at once" * (team.size == 1) + b"\n")
 
     def on_save(*_: object) -> None:
         stop.save = True

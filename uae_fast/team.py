@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import accumulate, groupby
@@ -24,24 +24,22 @@ from torch import Tensor, nn
 from .config import Config, ConfigError
 from .environment import launched
 
-FINE, OUT_OF_MEMORY = (
-    0,
-    1,
-)  # how a process does; a greater number is that of the signal that asks it to stop
+FINE, OUT_OF_MEMORY, MISTAKE = 0, 1, 128  # how a process does; what lies between is a signal that asks it to stop
 PATIENCE = timedelta(minutes=30)  # for a process that does not answer; one that has ended is noticed at once
 BUCKET = 1 << 26  # elements of gradients that are sent together
 
 
 class Trouble(Exception):
-    """Memory ran out in some process, or one was asked to stop: all of them learn it in the same exchange.
+    """Memory ran out in some process, one was asked to stop, or found a mistake: all learn it in the same exchange.
 
     Attributes:
-        code: OUT_OF_MEMORY, or a signal's number.
+        code: OUT_OF_MEMORY, a signal's number, or MISTAKE.
+        problems: the mistakes, a line each.
     """
 
-    def __init__(self, code: int):
+    def __init__(self, code: int, problems: Iterable[str] = ()):
         super().__init__(code)
-        self.code = code
+        self.code, self.problems = code, list(problems)
 
 
 class Lost(Exception):
@@ -69,7 +67,7 @@ class Team:
         """What every process gives, by rank. All wait here for all.
 
         Args:
-            value: JSON.
+            value: JSON; of a MISTAKE its lines.
             code: how this process does.
 
         Raises:
@@ -78,7 +76,8 @@ class Team:
         """
         told = [[code, value]] if self.size == 1 else self._all_told([code, value])
         if worst := max(code for code, _ in told):
-            raise Trouble(worst)
+            lines = [line for code, value in told if code == MISTAKE for line in value]
+            raise Trouble(worst, dict.fromkeys(lines))
         return [value for _, value in told]
 
     def _all_told(self, value: Any) -> list[Any]:
@@ -126,7 +125,7 @@ class Team:
             self.exchange()  # nobody waits for a process whose memory has run out before
             with _answered():
                 dist.all_reduce(flat)
-            means = (flat / self.size).split([gradient.numel() for gradient in bucket])
+            means = flat.div_(self.size).split([gradient.numel() for gradient in bucket])
             for gradient, mean in zip(bucket, means, strict=True):
                 gradient.copy_(mean.view_as(gradient))
 
@@ -159,12 +158,27 @@ def joined(config: Config) -> Iterator[Team]:
         _start(config)
     try:
         team = Team()
-        if problems := _indivisible(config, team.size):
-            raise ConfigError(problems)
-        yield team
+        with _mistakes_of_all(team):
+            if problems := _indivisible(config, team.size):
+                raise ConfigError(problems)
+            yield team
     finally:
         if started:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _mistakes_of_all(team: Team) -> Iterator[None]:
+    """Within, a ConfigError in one process is raised in all of them: process 0 says it."""
+    try:
+        try:
+            yield
+        except ConfigError as error:
+            if team.size == 1:
+                raise
+            team.exchange(error.problems, MISTAKE)
+    except Trouble as trouble:
+        raise ConfigError(trouble.problems) from None
 
 
 def _start(config: Config) -> None:
@@ -175,8 +189,9 @@ def _start(config: Config) -> None:
         dist.init_process_group("gloo", timeout=PATIENCE)
         return
     place, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if place >= count:
-        raise ConfigError([f"device: process {place} of this machine has no GPU; PyTorch finds {count} here"])
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", place + 1))
+    if wanted > count:
+        raise ConfigError([f"device: {wanted} processes on a machine where PyTorch finds {count} GPUs: start {count}"])
     torch.cuda.set_device(place)
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, device_id=torch.device("cuda", place))
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 import uae_fast.trainer
+from uae_fast.config import ConfigError
+from uae_fast.data import ImageFolder
 from uae_fast.guards import Interrupted, RunFailed
 from uae_fast.optim import RunningMean
 from uae_fast.stages import generation_for_understanding
@@ -39,7 +41,8 @@ def in_team(folder: Path, *jobs: tuple[Any, ...], size: int = 2) -> list[int]:
     A plant (of the functions below) is called before, with a `MonkeyPatch` and the process's rank.
 
     Returns:
-        Exit statuses by rank: 0, 1 after RunFailed, 128 + a signal's number, FAILED. `folder`/RANK.txt has what was
+        Exit statuses by rank: 0, 1 after RunFailed, 2 after ConfigError, 128 + a signal's number, FAILED.
+        `folder`/RANK.txt has what was
         printed.
     """
     meeting = folder / "meeting"
@@ -72,9 +75,9 @@ def _work(rank: int, size: int, meeting: Path, jobs: tuple[tuple[Any, ...], ...]
             status = 0
         except Interrupted as stopped:
             status = stopped.status
-        except RunFailed as error:
+        except (RunFailed, ConfigError) as error:
             print(error)
-            status = 1
+            status = 2 if isinstance(error, ConfigError) else 1
         except BaseException:
             print(traceback.format_exc())
         file.flush()
@@ -146,9 +149,24 @@ def lacks_memory(patch: pytest.MonkeyPatch, rank: int) -> None:
 
 
 def is_told_to_stop(patch: pytest.MonkeyPatch, rank: int) -> None:
-    """SIGTERM comes in the second step's gradients."""
+    """SIGTERM comes in the second step's gradients, twice."""
+
+    def twice(*_: Any) -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+
     if rank:
-        before(patch, GenerationForUnderstanding, "loss", 3, lambda *_: signal.raise_signal(signal.SIGTERM))
+        before(patch, GenerationForUnderstanding, "loss", 3, twice)
+
+
+def finds_a_mistake(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """A held-out image cannot be read any more."""
+
+    def lost(*_: Any) -> None:
+        raise ConfigError(["data.heldout: scene-00009.png could be read when the run began and cannot be now"])
+
+    if rank:
+        before(patch, ImageFolder, "__getitem__", 1, lost)
 
 
 def is_killed(patch: pytest.MonkeyPatch, rank: int) -> None:
@@ -177,7 +195,7 @@ def computes_nan(patch: pytest.MonkeyPatch, rank: int) -> None:
 
     if rank:
         patch.setattr(GenerationForUnderstanding, "loss", loss)
-        before(patch, uae_fast.trainer.open_images.__globals__["ImageFolder"], "_load", 3, lost)
+        before(patch, ImageFolder, "_load", 3, lost)
 
 
 def drifts(patch: pytest.MonkeyPatch, rank: int) -> None:

@@ -144,11 +144,18 @@ def test_a_process_that_is_killed_ends_the_others(make, tmp_path):
 
 def test_batches_that_do_not_divide_are_refused_before_anything_loads(make, tmp_path):
     options = ("stages=[0,2]", "stage0.images=9", "stage0.micro_batch=3", "stage2.micro_batch=8")
-    assert teams.in_team(tmp_path, (make(*options),)) == [teams.FAILED] * 2
+    assert teams.in_team(tmp_path, (make(*options),)) == [2, 2]
     said = (tmp_path / "1.txt").read_text()
     assert "stage0.images: 9 images do not divide among 2 processes\n" in said
     assert "stage2.micro_batch: the 4 samples of each of 2 processes do not divide into micro-batches of 8\n" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_that_one_finds_is_said_by_all(make, tmp_path):
+    config = make("stages=[2]", "evaluate.images=16")
+    assert teams.in_team(tmp_path, (config, teams.finds_a_mistake)) == [2, 2]
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert all("data.heldout: scene-00009.png could be read when the run began and cannot be now\n" in e for e in said)
 
 
 def test_fp8_is_calibrated_by_one_for_all(make, tmp_path):

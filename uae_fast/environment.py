@@ -35,7 +35,7 @@ def describe_environment() -> Iterator[str]:
 
 
 def launched() -> int:
-    """How many processes a launcher (torchrun, accelerate launch) has started for this command; 1 without one."""
+    """How many processes a launcher says it has started, by torchrun's environment variables; 1 without one."""
     return int(os.environ["WORLD_SIZE"]) if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
 
 

@@ -1,7 +1,8 @@
 """The processes that train one run together: what they tell each other, and what becomes of trouble in one of them.
 
-A launcher (torchrun, accelerate launch) starts them, on one machine or several, and torch.distributed's default group
-holds them. Where nobody launched, one process is a team of one: nothing is initialised and nothing is sent.
+A launcher (torchrun, or one that sets its environment variables) starts them, on one machine or several, and
+torch.distributed's default group holds them. Where nobody launched, one process is a team of one: nothing is
+initialised and nothing is sent.
 
 Every process goes through the same calls in the same order. What is said travels by gloo, from host to host; gradients
 travel by NCCL where they are on a GPU.

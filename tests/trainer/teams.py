@@ -42,8 +42,7 @@ def in_team(folder: Path, *jobs: tuple[Any, ...], size: int = 2) -> list[int]:
 
     Returns:
         Exit statuses by rank: 0, 1 after RunFailed, 2 after ConfigError, 128 + a signal's number, FAILED.
-        `folder`/RANK.txt has what was
-        printed.
+        `folder`/RANK.txt has what was printed.
     """
     meeting = folder / "meeting"
     meeting.unlink(missing_ok=True)

@@ -54,7 +54,14 @@ def furthest(run: Path, expected: Path) -> float:
 
 def test_two_processes_learn_what_one_learns(make, tmp_path):
     """All stages, rewards and held-out scores; three batches of held-out images for two processes."""
-    options = ("stages=[0,1,2,3]", "evaluate.images=20", "stage2.updates=2", "stage3.beta=0.01", "evaluate.gallery=18")
+    options = (
+        "stages=[0,1,2,3]",
+        "evaluate.images=10",
+        "render.batch=4",
+        "evaluate.gallery=9",
+        "stage2.updates=2",
+        "stage3.beta=0.01",
+    )
     alone = train(make(*options, run="alone"))
     assert teams.in_team(tmp_path, (make(*options, run="both"),)) == [0, 0], (tmp_path / "1.txt").read_text()
     both = tmp_path / "both"

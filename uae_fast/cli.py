@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import MOMENTS, PRESETS, Config, ConfigError, find_config, load_config, preset_names
-from .environment import describe_environment, quiet_libraries
+from .environment import describe_environment, first_process_speaks, quiet_libraries
 from .text import printable
 
 SUITES = ("all", "kernels", "sampler", "trainer")
@@ -37,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options["overrides"] += rest  # argparse takes no more of them once an option stood between
-    try:
-        return function(**options) or 0
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return USER_MISTAKE
-    except KeyboardInterrupt:
-        return STOPPED
+    with first_process_speaks():
+        try:
+            return function(**options) or 0
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            return USER_MISTAKE
+        except KeyboardInterrupt:
+            return STOPPED
 
 
 def build_parser() -> argparse.ArgumentParser:

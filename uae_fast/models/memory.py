@@ -29,6 +29,7 @@ from uae_kernels.mmdit import ModulationTable
 from uae_kernels.mmdit.modulation_table import modulation_layers
 
 from ..config import Config, ConfigError, accelerated
+from ..environment import launched
 from . import Models
 from .decoder import Decoder
 from .encoder import READER, Prompt
@@ -167,6 +168,7 @@ def fill(config: Config, limit: int) -> list[str]:
     keys = [("render", "batch", [1 << i for i in range(7)], drawn)] if drawn else []
     for number in config.stages:
         settings = getattr(config, f"stage{number}")
+        settings.images = max(1, settings.images // launched())
         samples = settings.images * getattr(settings, "group_size", 1)
         sizes = [n for n in range(1, samples + 1) if samples % n == 0]
         keys.append((f"stage{number}", "micro_batch", sizes, [number]))

@@ -17,6 +17,7 @@ from ..models.batches import by_length, in_batches, pick
 from ..models.decoder import Decoder
 from ..models.fp8 import CAPTIONS
 from ..phases import phase
+from ..team import Team
 from ..transfer import sent
 from .graphs import loops_of
 
@@ -216,18 +217,20 @@ def draw(config: Config, models: Models, captions: Sequence[str], seeds: Sequenc
     scale = config.render.guidance_scale
     filled = words + words[-1:] * (-len(words) % batch)
     context = torch.cat([models.condition(filled[i : i + batch]) for i in range(0, len(filled), batch)])
-    images = render(
-        models.decoder,
-        context[: len(words)],
-        [seed for _, seed in pairs],
-        resolution=config.data.resolution,
-        steps=cheaper.steps or config.render.steps,
-        batch=batch,
-        guidance=Guidance(scale, None if scale == 1 else models.negative(config.render.negative_prompt)),
-        lengths=models.lengths(words),
-        decode_batch=config.same_sampler.decode_batch,
-        shortcuts=Shortcuts(cheaper.guided_part, tuple(cheaper.reuse)),
-    )
+    steps = cheaper.steps or config.render.steps
+    with Team().first(lambda: models.decoder.wants_calibration(steps)):  # process 0 calibrates; its file has the scales
+        images = render(
+            models.decoder,
+            context[: len(words)],
+            [seed for _, seed in pairs],
+            resolution=config.data.resolution,
+            steps=steps,
+            batch=batch,
+            guidance=Guidance(scale, None if scale == 1 else models.negative(config.render.negative_prompt)),
+            lengths=models.lengths(words),
+            decode_batch=config.same_sampler.decode_batch,
+            shortcuts=Shortcuts(cheaper.guided_part, tuple(cheaper.reuse)),
+        )
     return pick(images, [places[pair] for pair in zip(captions, seeds, strict=True)])
 
 

@@ -85,7 +85,7 @@ PLACE_HELP = "a folder or owner/name@commit; default: "
 CONFIG = option("name", metavar="CONFIG", help=CONFIG_HELP)
 OVERRIDES = option("overrides", nargs="*", metavar="key=value", help="dotted keys, e.g. stage2.lr=1e-5")
 FILL_MEMORY = option(
-    "--fill-memory", type=float, metavar="GB",
+    "--fill-memory", type=float, metavar="GiB",
     help="choose the largest micro-batches and render.batch that are predicted to fit",
 )  # fmt: skip
 IMAGES = option("images", nargs="+", type=Path, metavar="IMAGE|DIR")
@@ -139,7 +139,7 @@ def run_train(
 
 @command(
     "check", "check a configuration and show what a step of it is made of", CONFIG, OVERRIDES, FILL_MEMORY,
-    option("--gpu-memory", type=float, metavar="GB", help="say what to change where a stage needs more"),
+    option("--gpu-memory", type=float, metavar="GiB", help="say what to change where a stage needs more"),
 )  # fmt: skip
 def run_check(name: str, overrides: list[str], fill_memory: float | None, gpu_memory: float | None) -> None:
     config = configure(name, overrides, fill_memory)

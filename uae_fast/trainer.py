@@ -207,7 +207,7 @@ def run_stage(stage: Stage, run: Run) -> None:
             values["skipped_steps"], values["skipped_images"] = position.skipped, len(run.data.skipped)
             speed.measure(values, images.waited)
             if models.decoder.loops is not None:
-                values["memory/graphs_gb"] = models.decoder.loops.recorder.bytes / 1e9
+                values["memory/graphs_gb"] = models.decoder.loops.recorder.bytes / 2**30
             run.log.metrics(position.step, stage.name, values)
             progress.advance(words=progress_words(values))
             if bad:

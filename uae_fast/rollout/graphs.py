@@ -84,8 +84,8 @@ class Loops:
         if found is None or found.read != fingerprint(decoder):
             # The old one goes when there is a new one: a pool that no graph uses is closed
             found = self.loops[key] = self._record(decoder, loop, tensors)
-            count, size = len(self.loops), self.recorder.bytes / 1e9
-            print(f"the sampler's loop is recorded: {count} in CUDA graphs, {size:.2f} GB together", flush=True)
+            count, size = len(self.loops), self.recorder.bytes / 2**30
+            print(f"the sampler's loop is recorded: {count} in CUDA graphs, {size:.2f} GiB together", flush=True)
         for buffer, x in zip(found.buffers, tensors, strict=True):
             if buffer is not None and x is not None:
                 buffer.copy_(x)

@@ -38,6 +38,8 @@ def test_compiles_within_the_chips_limits(op, capability):
             assert "st.global.b8" not in ptx, f"{where} stores e4m3 numbers one by one"
         if " = tt.dot" in launch.compiled.asm["ttir"]:
             assert halves or ".tf32" not in ptx, f"{where} rounds fp32 to tf32"
+            if launch.arguments.get("bias") is None:  # whose numbers come one by one
+                assert not re.search(r"ld\.global\S*\.[bu]16", ptx), f"{where} loads 2 bytes at a time"
             if capability == 90 and halves:
                 assert "wgmma" in ptx, f"{where} does not use wgmma"
 

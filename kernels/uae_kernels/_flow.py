@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import compute_dtype, direct, per_sample, unpack
+from ._common import UNRECORDED, compute_dtype, direct, per_sample, unpack
 from ._triton import jit, launch, narrow, tl
 from .reference.flow_step import coefficients, guided
 
@@ -466,6 +466,7 @@ def _backward_torch(
 @torch.library.custom_op(
     "uae_kernels::flow_step_backward",
     mutates_args=(),
+    **UNRECORDED,
     schema="(Tensor? grad_mean, Tensor? grad_next, Tensor? grad_rows, Tensor? grad, Tensor? slopes, Tensor? divisor, "
     f"{SCHEMA}, bool need_velocity, bool need_uncond, bool need_sample) -> (Tensor, Tensor, Tensor)",
 )

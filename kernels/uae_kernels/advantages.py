@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import compute_dtype, direct, pack, unpack
+from ._common import UNRECORDED, compute_dtype, direct, pack, unpack
 from ._triton import fp64, jit, launch, tl, use_triton
 from .reference.advantages import _group_statistics, _statistics, check_arguments, weight_row
 
@@ -329,7 +329,7 @@ def _prepared(
     return table, weights, math.inf if clip is None else clip, groups, whole
 
 
-@torch.library.custom_op("uae_kernels::group_advantages", mutates_args=())
+@torch.library.custom_op("uae_kernels::group_advantages", mutates_args=(), **UNRECORDED)
 def _forward(
     rewards: Tensor,
     group_ids: Tensor | None,
@@ -376,7 +376,7 @@ def _(rewards, *options):
     return rewards.new_empty(rewards.shape[0], dtype=compute_dtype(rewards))
 
 
-@torch.library.custom_op("uae_kernels::group_advantages_backward", mutates_args=())
+@torch.library.custom_op("uae_kernels::group_advantages_backward", mutates_args=(), **UNRECORDED)
 def _backward(
     grad: Tensor,
     rewards: Tensor,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import GRPOLoss, direct, pack
+from ._common import UNRECORDED, GRPOLoss, direct, pack
 from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, _direct_backward, as_arguments, launch_forward
 from ._triton import fp64, jit, launch, tl, use_triton
 from .reference.flow_grpo_loss import METRICS, check_loss, surrogates
@@ -134,6 +134,7 @@ def _forward_torch(
 @torch.library.custom_op(
     "uae_kernels::flow_grpo_loss",
     mutates_args=(),
+    **UNRECORDED,
     schema=f"({SCHEMA}, Tensor old_log_prob, Tensor advantages, Tensor? normalizer) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )

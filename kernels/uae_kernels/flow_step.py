@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import FlowStep, compute_dtype, direct, pack
+from ._common import UNRECORDED, FlowStep, compute_dtype, direct, pack
 from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, _direct_backward, as_arguments, launch_forward
 from ._triton import fp64, use_triton
 from .reference.flow_step import NOISE_LEVEL, check_noise, check_step, seed_keys
@@ -54,6 +54,7 @@ def _forward_torch(step: Step, noise: Tensor | None, seeds: Tensor | None, stoch
 @torch.library.custom_op(
     "uae_kernels::flow_step",
     mutates_args=(),
+    **UNRECORDED,
     schema=f"({SCHEMA}, Tensor? noise, Tensor? seeds, bool stochastic) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(*inputs):

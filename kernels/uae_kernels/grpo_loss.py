@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import GRPOLoss, compute_dtype, direct, pack, unpack
+from ._common import UNRECORDED, GRPOLoss, compute_dtype, direct, pack, unpack
 from ._triton import fp64, jit, launch, narrow, tl, use_triton
 from .reference.grpo_loss import (
     CLIPPED,
@@ -717,7 +717,7 @@ def _backward_torch(
 
 
 @torch.library.custom_op(
-    "uae_kernels::grpo_loss", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+    "uae_kernels::grpo_loss", mutates_args=(), **UNRECORDED, schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _forward(*inputs):
     """Loss (), per token (B, T), metrics (6,), and the state of the kernel's backward pass."""
@@ -743,6 +743,7 @@ def _gradients(x: Inputs, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "uae_kernels::grpo_loss_backward",
     mutates_args=(),
+    **UNRECORDED,
     schema=f"(Tensor? grad, Tensor? grad_per_token, Tensor state, {SCHEMA}, bool need_logprobs, bool need_entropies) "
     "-> (Tensor, Tensor)",
 )

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _linear_fused, _linear_tiles, _triton
-from ._common import compute_dtype, direct, pack_head, unpack_head
+from ._common import UNRECORDED, compute_dtype, direct, pack_head, unpack_head
 from ._triton import fp64, use_triton
 from .reference.linear_logprobs import check_linear
 from .reference.token_logprobs import is_scored
@@ -16,6 +16,7 @@ INPUTS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor pac
 @torch.library.custom_op(
     "uae_kernels::linear_logprobs",
     mutates_args=(),
+    **UNRECORDED,
     schema=f"({INPUTS}, int ignore_index, Tensor? active, bool entropy, int order, bool fused) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -39,6 +40,7 @@ def _(hidden, weight, targets, bias, packed, ignore_index, active, entropy, orde
 @torch.library.custom_op(
     "uae_kernels::linear_logprobs_backward",
     mutates_args=(),
+    **UNRECORDED,
     schema=f"(Tensor grad, Tensor? grad_entropy, {INPUTS}, Tensor logprobs, Tensor entropies, Tensor lse, "
     "int ignore_index, bool[] need, bool fused) -> (Tensor, Tensor, Tensor)",
 )

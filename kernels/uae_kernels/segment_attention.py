@@ -22,7 +22,7 @@ from ._attention import (
     strides,
     unsupported,
 )
-from ._common import pack, unpack
+from ._common import UNRECORDED, pack, unpack
 from ._triton import jit, launch, narrow, tl, use_triton
 from .reference.segment_attention import check_segments
 
@@ -256,7 +256,7 @@ INPUTS = (
 
 
 @torch.library.custom_op(
-    "uae_kernels::segment_attention", mutates_args=(), schema=f"({INPUTS}) -> (Tensor, Tensor, Tensor)"
+    "uae_kernels::segment_attention", mutates_args=(), **UNRECORDED, schema=f"({INPUTS}) -> (Tensor, Tensor, Tensor)"
 )
 def _forward(q, k, v, q_weight, k_weight, q2, k2, v2, q2_weight, k2_weight, packed):
     """Each segment's result, and log₂ Σ 2^score of each query, (B, H, S)."""
@@ -282,6 +282,7 @@ def _(q, k, v, q_weight, k_weight, q2, *_):
 @torch.library.custom_op(
     "uae_kernels::segment_attention_backward",
     mutates_args=(),
+    **UNRECORDED,
     schema=f"(Tensor grad, Tensor grad2, {INPUTS}, Tensor out, Tensor out2, Tensor lses) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )

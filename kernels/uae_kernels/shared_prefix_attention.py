@@ -22,7 +22,7 @@ from ._attention import (
     strides,
     unsupported,
 )
-from ._common import compute_dtype, pack, unpack
+from ._common import UNRECORDED, compute_dtype, pack, unpack
 from ._triton import jit, launch, narrow, tl, use_triton
 from .reference.shared_prefix_attention import check_shared_prefix, kept
 
@@ -414,7 +414,7 @@ def _implementation(q: Tensor, triton: bool) -> tuple[Callable[..., Any], Callab
 
 
 @torch.library.custom_op(
-    "uae_kernels::shared_prefix_attention", mutates_args=(), schema=f"({INPUTS}) -> (Tensor, Tensor)"
+    "uae_kernels::shared_prefix_attention", mutates_args=(), **UNRECORDED, schema=f"({INPUTS}) -> (Tensor, Tensor)"
 )
 def _forward(q, k, v, prefix_k, prefix_v, lengths, prefix_lengths, packed, group_size, triton):
     """The attention's result, and for backward a number a query, (B·G, T·Hq): log Σ e^score, with Triton to base 2."""
@@ -435,6 +435,7 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "uae_kernels::shared_prefix_attention_backward",
     mutates_args=(),
+    **UNRECORDED,
     schema=f"(Tensor grad, {INPUTS}, Tensor out, Tensor lses) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import compute_dtype, direct, pack_head, unpack_head
+from ._common import UNRECORDED, compute_dtype, direct, pack_head, unpack_head
 from ._triton import fp64, jit, launch, log1p, tanh, tl, use_triton
 from .reference.token_logprobs import check_logits, is_scored
 
@@ -262,7 +262,7 @@ def _statistics(
     return logprobs, top, log_total, entropies
 
 
-@torch.library.custom_op("uae_kernels::token_logprobs", mutates_args=())
+@torch.library.custom_op("uae_kernels::token_logprobs", mutates_args=(), **UNRECORDED)
 def _forward(
     logits: Tensor, targets: Tensor, packed: Tensor, ignore_index: int, entropy: bool, inplace: bool, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -349,7 +349,7 @@ def _write_gradient(
             out[i] = dz
 
 
-@torch.library.custom_op("uae_kernels::token_logprobs_backward", mutates_args=())
+@torch.library.custom_op("uae_kernels::token_logprobs_backward", mutates_args=(), **UNRECORDED)
 def _backward(
     grad: Tensor,
     grad_entropy: Tensor | None,
@@ -375,7 +375,7 @@ def _(grad, grad_entropy, logits, *options):
     return torch.empty_like(logits)
 
 
-@torch.library.custom_op("uae_kernels::token_logprobs_backward_", mutates_args=("logits",))
+@torch.library.custom_op("uae_kernels::token_logprobs_backward_", mutates_args=("logits",), **UNRECORDED)
 def _backward_(
     grad: Tensor,
     grad_entropy: Tensor | None,

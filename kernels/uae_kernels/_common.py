@@ -110,6 +110,12 @@ def pack(*numbers: float | None) -> Tensor:
     return torch.stack([one * value for value in values])
 
 
+# Of ops that read such numbers. A CUDA graph that torch.compile records around one would keep the numbers of its
+# recording, whatever is passed later: these ops are left out of it, and what lies between them is recorded. A PyTorch
+# that does not know the tag records nothing where a CPU tensor is used.
+UNRECORDED: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
 def unpack(packed: Tensor) -> list[Any]:
     return [None if math.isnan(value) else value for value in packed.tolist()]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import schema, unpack
+from ._common import UNRECORDED, schema, unpack
 from ._triton import jit, launch, narrow, tl
 
 BLOCK = 1024  # elements of a sample that a program handles at a time
@@ -387,6 +387,7 @@ def launch_forward(
     mutates_args=(),
     schema="(Tensor? grad_mean, Tensor? grad_next, Tensor? grad_rows, Tensor? grad, Tensor? slopes, Tensor? divisor, "
     f"{SCHEMA}, bool need_velocity, bool need_uncond, bool need_sample) -> (Tensor, Tensor, Tensor)",
+    **UNRECORDED,
 )
 def _backward(*inputs):
     """Gradients of velocity, velocity_uncond and sample; see `_backward_kernel`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import pack, schema, unpack
+from ._common import UNRECORDED, pack, schema, unpack
 from ._triton import fp64, jit, launch, tl, use_triton
 from .reference.advantages import check_arguments, weight_row
 
@@ -275,7 +275,7 @@ class _Inputs(NamedTuple):
 SCHEMA = schema(_Inputs)
 
 
-@torch.library.custom_op("uae_kernels::group_advantages", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")
+@torch.library.custom_op("uae_kernels::group_advantages", mutates_args=(), schema=f"({SCHEMA}) -> Tensor", **UNRECORDED)
 def _forward(*inputs):
     """(B,) or (B, R) -> (B,)."""
     x = _Inputs(*inputs)
@@ -296,7 +296,7 @@ def _(rewards, *options):
 
 
 @torch.library.custom_op(
-    "uae_kernels::group_advantages_backward", mutates_args=(), schema=f"(Tensor grad, {SCHEMA}) -> Tensor"
+    "uae_kernels::group_advantages_backward", mutates_args=(), schema=f"(Tensor grad, {SCHEMA}) -> Tensor", **UNRECORDED
 )
 def _backward(grad, *inputs):
     x, grad = _Inputs(*inputs), grad[:, None]

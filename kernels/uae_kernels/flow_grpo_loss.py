@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import GRPOLoss, pack
+from ._common import UNRECORDED, GRPOLoss, pack
 from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, as_arguments, launch_forward
 from ._triton import fp64, jit, launch, tl, use_triton
 from .reference.flow_grpo_loss import METRICS, check_loss
@@ -82,6 +82,7 @@ def _outputs(step: Step) -> tuple[Tensor, ...]:
     mutates_args=(),
     schema=f"({SCHEMA}, Tensor old_log_prob, Tensor advantages, Tensor? normalizer) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    **UNRECORDED,
 )
 def _forward(*inputs):
     step, (old_log_prob, advantages, normalizer) = Step(*inputs[:INPUTS]), inputs[INPUTS:]

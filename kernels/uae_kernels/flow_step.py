@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import FlowStep, pack
+from ._common import UNRECORDED, FlowStep, pack
 from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, as_arguments, launch_forward
 from ._triton import fp64, use_triton
 from .reference.flow_step import NOISE_LEVEL, check_noise, check_step, seed_keys
@@ -20,6 +20,7 @@ def _outputs(step: Step, stochastic: bool) -> tuple[Tensor, Tensor, Tensor, Tens
     "uae_kernels::flow_step",
     mutates_args=(),
     schema=f"({SCHEMA}, Tensor? noise, Tensor? seeds, bool stochastic) -> (Tensor, Tensor, Tensor, Tensor)",
+    **UNRECORDED,
 )
 def _forward(*inputs):
     """The drawn next sample, log-probability, mean and std; the former two without elements where there is none."""

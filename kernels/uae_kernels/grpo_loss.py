@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import GRPOLoss, pack, schema
+from ._common import UNRECORDED, GRPOLoss, pack, schema
 from ._triton import fp64, jit, launch, narrow, tl, use_triton
 from .advantages import _moments
 from .reference.grpo_loss import (
@@ -419,7 +419,7 @@ def _outputs(x: Inputs) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op(
-    "uae_kernels::grpo_loss", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+    "uae_kernels::grpo_loss", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)", **UNRECORDED
 )
 def _forward(*inputs):
     x, B = Inputs(*inputs), len(inputs[0])
@@ -450,6 +450,7 @@ def _gradients(x: Inputs, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
     mutates_args=(),
     schema=f"(Tensor? grad, Tensor? grad_per_token, Tensor state, {SCHEMA}, bool need_logprobs, bool need_entropies) "
     "-> (Tensor, Tensor)",
+    **UNRECORDED,
 )
 def _backward(grad, grad_per_token, state, *rest):
     x, needs = Inputs(*rest[:-2]), rest[-2:]

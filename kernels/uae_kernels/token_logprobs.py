@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import compute_dtype, pack_head, unpack_head
+from ._common import UNRECORDED, compute_dtype, pack_head, unpack_head
 from ._triton import fp64, jit, launch, log1p, tanh, tl, use_triton
 from .reference.token_logprobs import check_logits, is_scored
 
@@ -262,7 +262,7 @@ def _statistics(
     return logprobs, top, log_total, entropies
 
 
-@torch.library.custom_op("uae_kernels::token_logprobs", mutates_args=())
+@torch.library.custom_op("uae_kernels::token_logprobs", mutates_args=(), **UNRECORDED)
 def _forward(
     logits: Tensor, targets: Tensor, packed: Tensor, ignore_index: int, entropy: bool, inplace: bool, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -344,7 +344,7 @@ def _write_gradient(out: Tensor, *inputs: Any) -> None:
 
 
 @torch.library.custom_op(
-    "uae_kernels::token_logprobs_backward", mutates_args=(), schema=f"({BACKWARD.format('')}) -> Tensor"
+    "uae_kernels::token_logprobs_backward", mutates_args=(), schema=f"({BACKWARD.format('')}) -> Tensor", **UNRECORDED
 )
 def _backward(*inputs):
     out = torch.empty_like(inputs[2])
@@ -358,7 +358,10 @@ def _(grad, grad_entropy, logits, *options):
 
 
 @torch.library.custom_op(
-    "uae_kernels::token_logprobs_backward_", mutates_args=("logits",), schema=f"({BACKWARD.format('(a!)')}) -> ()"
+    "uae_kernels::token_logprobs_backward_",
+    mutates_args=("logits",),
+    schema=f"({BACKWARD.format('(a!)')}) -> ()",
+    **UNRECORDED,
 )
 def _backward_(*inputs):
     _write_gradient(inputs[2], *inputs)

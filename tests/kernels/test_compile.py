@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -209,6 +210,13 @@ def test_opcheck(name, case, number, options, monkeypatch):
         if op is not calls[0][0]:  # the backward pass is not differentiable itself
             arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
         torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this PyTorch does not know the tag")
+def test_no_cuda_graph_keeps_the_numbers_of_its_recording():
+    ops = {name: op._opoverload for name, op in OPDEFS.items() if name.startswith("uae_kernels::")}
+    reads = {n for n, op in ops.items() if "packed" in {argument.name for argument in op._schema.arguments}}
+    assert len(reads) > 10 and reads == {n for n, op in ops.items() if torch.Tag.cudagraph_unsafe in op.tags}
 
 
 class Names(TorchDispatchMode):

@@ -42,7 +42,7 @@ def _load(x, x_b, i, index, inside, ALIGNED: tl.constexpr):
 
 @jit()
 def _sigma(x, x_b, number, i):
-    return tl.to_tensor(number) if x is None else tl.load(x + i * x_b).to(tl.float32)
+    return tl.full((), number, tl.float32) if x is None else tl.load(x + i * x_b).to(tl.float32)
 
 
 @jit()
@@ -51,7 +51,8 @@ def _coefficients(sigma, sigma_next, sigma_max, level, cosine, KIND: tl.constexp
 
     `level` is the noise level; for cps, with θ = noise level·π/2, it is sin θ, and `cosine` is cos θ.
     """
-    level, cosine = tl.to_tensor(level), tl.to_tensor(cosine)  # to the interpreter a number is a double
+    # To the interpreter a number is a double
+    level, cosine = tl.full((), level, tl.float32), tl.full((), cosine, tl.float32)
     if KIND == "cps":
         std = sigma_next * level
         s = std
@@ -168,7 +169,7 @@ def _forward_kernel(
         # Guided, both velocities keep their distance times g; the means keep theirs times b.
         factor = _kl_factor(deviation, s, KL)
         if uncond is not None:
-            factor *= tl.to_tensor(guidance) * guidance
+            factor *= tl.full((), guidance, tl.float32) * guidance
         if KL != "velocity":
             factor *= b * b
         tl.store(kl_factor + i, factor, mask=chunk == 0)

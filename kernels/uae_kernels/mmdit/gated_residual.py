@@ -196,7 +196,11 @@ def _run(kernel: Any, streams: list[_Flat], tensors: list[list[Tensor | None]], 
     launch(kernel, (sum(rows),), *arguments, rows[0], width, eps, BLOCK=block, num_warps=WARPS << wide, **options)
 
 
-@torch.library.custom_op("uae_kernels::gated_residual", mutates_args=())
+@torch.library.custom_op(
+    "uae_kernels::gated_residual",
+    mutates_args=(),
+    schema="(Tensor[] tensors, bool[] present, SymInt[] forms, float eps) -> Tensor[]",
+)
 def _forward(tensors: Sequence[Tensor], present: Sequence[bool], forms: Sequence[int], eps: float) -> list[Tensor]:
     """Of each stream in turn: x' if it has a branch, then for each modulation a normal, its e4m3 values, their scales.
 
@@ -233,7 +237,11 @@ def _made(streams: list[_Flat], forms: Sequence[int]) -> list[list[Tensor | None
     return made
 
 
-@torch.library.custom_op("uae_kernels::gated_residual_backward", mutates_args=())
+@torch.library.custom_op(
+    "uae_kernels::gated_residual_backward",
+    mutates_args=(),
+    schema="(Tensor?[] flat, Tensor?[] grads, float eps) -> Tensor[]",
+)
 def _backward(flat: Sequence[Tensor | None], grads: Sequence[Tensor | None], eps: float) -> list[Tensor]:
     """dx, then dy of each branch, of each stream in turn.
 

@@ -146,7 +146,11 @@ def _run(kernel: Any, streams: list[tuple[list[Any], Tensor]], joined: list[Any]
     )  # fmt: skip
 
 
-@torch.library.custom_op("uae_kernels::qk_norm", mutates_args=())
+@torch.library.custom_op(
+    "uae_kernels::qk_norm",
+    mutates_args=(),
+    schema="(Tensor[] tensors, bool[] present, SymInt heads, float eps) -> Tensor[]",
+)
 def _forward(tensors: Sequence[Tensor], present: Sequence[bool], heads: int, eps: float) -> list[Tensor]:
     """Joined q and k (B, S, H, D), and v where there are two streams."""
     streams, joined = _streams(with_none(tensors, present)), _empty(tensors, present, heads)
@@ -162,7 +166,11 @@ def _empty(tensors, present, heads, eps=None):
     return [q.new_empty(shape) for _ in range(2 if len(streams) == 1 else 3)]
 
 
-@torch.library.custom_op("uae_kernels::qk_norm_backward", mutates_args=())
+@torch.library.custom_op(
+    "uae_kernels::qk_norm_backward",
+    mutates_args=(),
+    schema="(Tensor[] grads, Tensor?[] flat, SymInt heads, float eps) -> Tensor[]",
+)
 def _backward(grads: Sequence[Tensor], flat: Sequence[Tensor | None], heads: int, eps: float) -> list[Tensor]:
     """dq, dk and (of two streams) dv of each stream, each (B, N, H·D)."""
     streams, results = [], []

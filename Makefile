@@ -16,7 +16,7 @@ help:
 	@echo "make demo    train all three stages on the small world, then open $(RUN)/report.html (about 5 minutes)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
-	@echo "make gpu-check    run every kernel's tests compiled, on a GPU, within BUDGET=10m; a line a test in OUT=runs"
+	@echo "make gpu-check    what a GPU alone can tell, within BUDGET=10m: kernels, trainer, full-size steps; a line a test in OUT=runs"
 	@echo "make sanitize    the kernels under NVIDIA's compute-sanitizer, on a GPU"
 	@echo "make bench   kernels, trainer and, on a GPU, SD3.5's sampler beside their rivals, in 10 minutes (BUDGET=10m); QUICK=1 answers within a minute or two, AGAIN=1 measures again"
 	@echo "make fuzz    random inputs for the kernels, 2,000 a test"
@@ -55,13 +55,7 @@ gpu-check: $(STAMP)
 	@$(BIN)/python tests/kernels/gpu_check.py --budget $(BUDGET) --out $(OUT)
 
 sanitize: $(STAMP)
-	@command -v $(SANITIZER) >/dev/null || { echo "sanitize needs NVIDIA's compute-sanitizer, of the CUDA toolkit: make sanitize SANITIZER=/usr/local/cuda/bin/compute-sanitizer"; exit 1; }
-	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "sanitize runs the kernels on a GPU; PyTorch finds none here"; exit 1; }
-	@export PYTORCH_NO_CUDA_MEMORY_CACHING=1; \
-	for tool in memcheck racecheck initcheck; do \
-		echo "$$tool:"; \
-		$(SANITIZER) --tool $$tool --error-exitcode 1 $(BIN)/python tests/kernels/sanitize.py || exit 1; \
-	done
+	@SANITIZER=$(SANITIZER) $(BIN)/python tests/kernels/sanitize.py
 
 fuzz: $(STAMP)
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k fuzz --hypothesis-profile=fuzz

@@ -34,8 +34,8 @@ class Contests:
             try:
                 self.contest = getattr(op, "Contest", Contest)(op, case)
             except Exception as error:
-                self.failure = error
                 self.keep([failed(case, op.contestants(case)[0], error)])
+                self.failure = bare(error)
         if self.failure:
             raise self.failure
         return self.contest
@@ -76,6 +76,15 @@ class Contests:
         self.rows += rows
         if self.folder:
             append(self.folder / f"{self.case.op}-{self.environment['kind']}.jsonl", rows)
+
+
+def bare(error):
+    """An exception without its frames, which would keep what they hold on the device: models, inputs, results."""
+    chain = [error]
+    for link in chain:
+        chain += [e for e in (link.__cause__, link.__context__) if e is not None and e not in chain]
+        link.__traceback__ = None
+    return error
 
 
 CONTESTS = pytest.StashKey[Contests]()

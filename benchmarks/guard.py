@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ ROWS = (19, 64)  # of a small call: one size fills no block, the other does
 SMALL = [
     "stage1.images=4", "stage1.micro_batch=4", "stage2.images=2", "stage2.group_size=4", "stage2.micro_batch=8",
     "stage3.images=2", "stage3.group_size=4", "stage3.micro_batch=8", "render.batch=8", "evaluate.images=0",
+    "optimizer.warmup_steps=0",
 ]  # fmt: skip
 
 Count = dict[str, int]
@@ -117,25 +117,15 @@ def ops() -> Counts:
 
 def steps(world: Path) -> Counts:
     """Of a stage's second step, when everything that is made once has been made."""
-    from uae_fast.guards import StopRequest
-    from uae_fast.optim import RunningMean, build_optimizer
-    from uae_fast.run import Position
-    from uae_fast.trainer import take_step
-
-    from .trainer.worlds import prepare, tiny_config
+    from .trainer.worlds import Steps, tiny_config
 
     found = {}
     for number in (1, 2, 3):
-        config = tiny_config(world, *SMALL)
-        ready = prepare(number, config)
-        stage = ready.stage
-        optimizer = build_optimizer(stage.groups(), config.optimizer)
-        mean = RunningMean(ready.parameters, getattr(stage.settings, "ema_decay", 0.0))
-        run: Any = SimpleNamespace(config=config, models=stage.models, stop=StopRequest(), position=Position())
-        for step in (0, 1):
-            examples = ready.data.batch(step, stage.settings.images, config.seed, stage.name)
+        stage = Steps(number, tiny_config(world, *SMALL))
+        for _ in range(2):
+            examples = stage.examples()
             with Tally() as tally:
-                take_step(stage, examples, step, optimizer, mean, run)
+                stage.take(examples)
         found[f"stage {number}, a step"] = tally.count()
     return found
 

@@ -24,6 +24,7 @@ SIZES = ("N", "H", "V", "B", "T", "G")
 CASE = ("op", "variant", "device", "dtype", *SIZES)
 NEAR = 0.05  # times that differ by no more are called equal
 SURE = 0.9  # what an interval covers at least
+UNJUDGED = "not judged"  # for want of visits
 
 Row = dict[str, Any]
 
@@ -103,39 +104,42 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def ratio(ours: Row, rival: Row) -> Ratio | None:
-    """Of two rows of one run, visit by visit: what slows the machine for a while slows both. None without visits."""
-    own, its = (row.get("visits_ms") or [] for row in (ours, rival))
-    pairs = list(zip(own, its, strict=False)) if len(own) == len(its) else []
-    found = [b / a for a, b in pairs]
+    """Of two rows of one run, visit by visit: what slows the machine for a while slows both.
+
+    None without visits enough for an interval.
+    """
+    own, its = visits(ours), visits(rival)
+    found = [b / a for a, b in zip(own, its, strict=True)] if len(own) == len(its) else []
     within = interval(found)
     return Ratio(statistics.median(found), *within) if within else None
 
 
-def verdict(ours: Row, rival: Row) -> str:
-    """What ours is: "faster" or "slower" where the ratio's whole interval is beyond 5 %, else "equal".
+def visits(row: Row) -> list[float]:
+    """A row's visits; of those that were paired with another's (`beside_ms`), in times of that one's."""
+    own = row.get("visits_ms") or []
+    return [a / b for a, b in zip(own, row["beside_ms"], strict=True)] if "beside_ms" in row else own
 
-    Rows without enough visits: "equal" with medians within 5 % or overlapping middle three fifths of the rounds.
-    """
-    if found := ratio(ours, rival):
-        low, high = found.low, found.high
-    elif max(ours["p20_ms"], rival["p20_ms"]) <= min(ours["p80_ms"], rival["p80_ms"]):
-        return "equal"
-    else:
-        low = high = rival["median_ms"] / ours["median_ms"]
-    if low > 1 + NEAR:
+
+def verdict(ours: Row, rival: Row) -> str:
+    """What ours is: "faster" or "slower" where the ratio's whole interval is beyond 5 %, else "equal"."""
+    found = ratio(ours, rival)
+    if found is None:
+        return UNJUDGED
+    if found.low > 1 + NEAR:
         return "faster"
-    return "slower" if high < 1 / (1 + NEAR) else "equal"
+    return "slower" if found.high < 1 / (1 + NEAR) else "equal"
 
 
 def verdicts(rows: Iterable[Row]) -> dict[tuple, str]:
-    """Of one run's rows: ours against each rival in its fastest configuration, by (case, rival)."""
+    """Of one run's rows: ours against each rival in its fastest configuration, by (case, rival), where it is judged."""
     timed = [row for row in newest(rows) if row["median_ms"] is not None]
     own = {case_of(row): row for row in reversed(timed) if is_ours(row)}  # the first of ours, what `auto` runs
-    return {
+    found = {
         (case_of(row), row["contestant"]): verdict(own[case_of(row)], row)
         for row in timed
         if not is_ours(row) and case_of(row) in own
     }
+    return {key: says for key, says in found.items() if says != UNJUDGED}
 
 
 def label(row: Row) -> str:

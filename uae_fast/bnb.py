@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -25,4 +26,6 @@ def import_bitsandbytes() -> Any:
     finally:
         del sys.modules[KERNELS]
         sys.modules.update(known)
+    # LLM.int8() would say in every pass of every layer that it casts bf16 to fp16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return bitsandbytes

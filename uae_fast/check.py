@@ -27,8 +27,7 @@ def show_check(config: Config, gpu_memory: float | None) -> None:
     show(batches(config))
     show(f"renders: {config.render.steps} steps at {config.data.resolution}², {config.render.batch} at once")
     show(sampler_line(config))
-    for key in ("train", "heldout"):
-        place = getattr(config.data, key)
+    for key, place in (("train", config.data.train), ("heldout", config.data.heldout)):
         if "@" not in place and not glob(place):
             show(f"data.{key}: {place} is not there yet")
     show("the configuration is sound")
@@ -43,8 +42,7 @@ def batches(config: Config) -> Table:
         group, updates = getattr(stage, "group_size", 1), getattr(stage, "updates", 1)
         samples = stage.images * group
         passes = f"{stage.micro_batch} ({samples // stage.micro_batch})"
-        if number == 3:
-            passes += f", at {stage.window} sampler steps"
+        passes += f", at {stage.window} sampler steps" if number == 3 else ""
         row = (number, stage.steps, stage.images, group, samples, passes, stage.steps * updates)
         table.add_row(*map(str, row))
     return table

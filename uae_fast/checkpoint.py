@@ -185,12 +185,6 @@ def prune_checkpoints(folder: Path, settings: CheckpointConfig) -> None:
             shutil.rmtree(pruned, ignore_errors=True)
 
 
-def find_moment(folder: Path, moment: str) -> Path | None:
-    """The last checkpoint of a run that is the end of `moment` ("stage2"), if there is one."""
-    found = [path for path in checkpoints(folder) if read_state(path)["moment"] == moment]
-    return found[-1] if found else None
-
-
 def _save_encoder(encoder: Encoder, folder: Path) -> None:
     if encoder.adapters is not None:
         encoder.adapters.save_pretrained(folder / "encoder")  # the adapter "reader" goes into a subfolder

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import MOMENTS, PRESETS, Config, ConfigError, find_config, load_config, preset_names
-from .environment import describe_environment, quiet_libraries
+from .environment import describe_environment, first_process_speaks, quiet_libraries
 from .text import printable
 
 SUITES = ("all", "kernels", "sampler", "trainer")
@@ -33,17 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed, rest = parser.parse_known_args(argv)
     options = vars(parsed)
     function = options.pop("function")
-    if rest and not ("overrides" in options and all("=" in word and word[0] != "-" for word in rest)):
+    if rest and ("overrides" not in options or any("=" not in word or word[0] == "-" for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    elif rest:
+    if rest:
         options["overrides"] += rest  # argparse takes no more of them once an option stood between
-    try:
-        return function(**options) or 0
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return USER_MISTAKE
-    except KeyboardInterrupt:
-        return STOPPED
+    with first_process_speaks():
+        try:
+            return function(**options) or 0
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            return USER_MISTAKE
+        except KeyboardInterrupt:
+            return STOPPED
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,7 +85,7 @@ PLACE_HELP = "a folder or owner/name@commit; default: "
 CONFIG = option("name", metavar="CONFIG", help=CONFIG_HELP)
 OVERRIDES = option("overrides", nargs="*", metavar="key=value", help="dotted keys, e.g. stage2.lr=1e-5")
 FILL_MEMORY = option(
-    "--fill-memory", type=float, metavar="GB",
+    "--fill-memory", type=float, metavar="GiB",
     help="choose the largest micro-batches and render.batch that are predicted to fit",
 )  # fmt: skip
 IMAGES = option("images", nargs="+", type=Path, metavar="IMAGE|DIR")
@@ -138,7 +139,7 @@ def run_train(
 
 @command(
     "check", "check a configuration and show what a step of it is made of", CONFIG, OVERRIDES, FILL_MEMORY,
-    option("--gpu-memory", type=float, metavar="GB", help="say what to change where a stage needs more"),
+    option("--gpu-memory", type=float, metavar="GiB", help="say what to change where a stage needs more"),
 )  # fmt: skip
 def run_check(name: str, overrides: list[str], fill_memory: float | None, gpu_memory: float | None) -> None:
     config = configure(name, overrides, fill_memory)
@@ -153,20 +154,20 @@ def run_check(name: str, overrides: list[str], fill_memory: float | None, gpu_me
     option("name", nargs="?", help="the preset to copy into this folder"),
 )  # fmt: skip
 def run_configs(action: str, name: str | None) -> None:
+    texts = {preset: (PRESETS / f"{preset}.yaml").read_text() for preset in preset_names()}
     if action == "list":
-        for preset in preset_names():
-            first_line = (PRESETS / f"{preset}.yaml").read_text().splitlines()[0]
-            print(f"{preset:<12} {first_line.removeprefix('# ')}")
+        for preset, text in texts.items():
+            print(f"{preset:<12} {text.splitlines()[0].removeprefix('# ')}")
         return
-    presets = ", ".join(preset_names())
     if name is None:
-        raise ConfigError([f"configs copy: name a preset: {presets}"])
-    source, target = find_config(name), Path(f"{name}.yaml")
-    if name not in preset_names():
-        raise ConfigError([f"configs copy: {printable(name)} is no preset; presets: {presets}"])
+        raise ConfigError([f"configs copy: name a preset: {', '.join(texts)}"])
+    if name not in texts:
+        find_config(name)  # says what is near it, unless it is a file
+        raise ConfigError([f"configs copy: {printable(name)} is no preset; presets: {', '.join(texts)}"])
+    target = Path(f"{name}.yaml")
     if target.exists():
         raise ConfigError([f"configs copy: {target} exists already"])
-    target.write_text(source.read_text())
+    target.write_text(texts[name])
     print(f"wrote {target}; run it with: uae-fast train {target}")
 
 
@@ -179,10 +180,9 @@ def run_caption(images: list[Path], jsonl: str | None, run: Path | None, at: str
     from .inference import caption_images, open_models
 
     found = caption_images(*open_models(run, at), images, seed)
+    lines = [json.dumps({"file": each.path.name, "caption": each.caption}) for each in found]
     if jsonl is None:
         lines = [f"{printable(str(each.path))}: {printable(each.caption)}" for each in found]
-    else:
-        lines = [json.dumps({"file": each.path.name, "caption": each.caption}) for each in found]
     if jsonl in (None, "-"):
         print("\n".join(lines))
     else:
@@ -280,7 +280,14 @@ def run_bench(
     preset: list[str], predict: str | None, gate: list[str] | None, images: int, out: Path | None,
 ) -> int:  # fmt: skip
     if gate is not None:
-        return run_gate(suite, name, [*overrides, *gate], out or Path("bench"), images)
+        if suite not in ("all", "sampler") or name is None:
+            raise ConfigError(["bench: --gate compares the samplers of a configuration: bench sampler CONFIG --gate"])
+        given = [*overrides, *gate]
+        load_config(name, given)  # its mistakes, before anything heavy is imported
+        quiet_libraries()
+        from .evaluate.gates import run_gate
+
+        return run_gate(lambda *more: load_config(name, [*given, *more]), name, out or Path("bench"), images)
     checkout = Path(__file__).parents[1]
     if name or overrides:
         raise ConfigError([f"bench: {name} is for --gate; what is timed is one of {', '.join(SUITES)}"])
@@ -297,25 +304,11 @@ def run_bench(
     return subprocess.run(command, cwd=checkout).returncode
 
 
-def run_gate(suite: str, name: str | None, overrides: list[str], out: Path, images: int) -> int:
-    """`bench sampler CONFIG --gate`."""
-    if suite not in ("all", "sampler") or name is None:
-        raise ConfigError(["bench: --gate compares the samplers of a configuration: bench sampler CONFIG --gate"])
-    load_config(name, overrides)  # its mistakes, before anything heavy is imported
-    quiet_libraries()
-    from .evaluate.gates import gate
-
-    return gate(lambda *more: load_config(name, [*overrides, *more]), name, out, images)
-
-
 @command("report", "write a run's report.html", option("run", type=Path, metavar="RUN"))
 def run_report(run: Path) -> None:
     from .report import write_report
 
-    try:
-        print(f"wrote {write_report(run)}")
-    except ValueError as error:
-        raise ConfigError([str(error)]) from None
+    print(f"wrote {write_report(run)}")
 
 
 @command("env", "print versions and hardware")

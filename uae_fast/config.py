@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from .config_checks import invariants
 from .files import write_whole
-from .text import short
+from .text import nearest, short
 
 PRESETS = Path(__file__).parent / "configs"
 MOMENTS = ("before", "stage0", "stage1", "stage2", "stage3")  # when held-out images are measured, and runs looked at
@@ -206,30 +204,47 @@ class OptimizerConfig:
 
 
 @dataclass
-class Stage0Config:
+class StageConfig:
+    """What every stage has."""
+
+    steps: int = 60
+    """Of the optimiser; of stages 2 and 3, rollouts."""
+    images: int = 8
+    """Images of a step."""
+    micro_batch: int = 64
+    """Samples (images, captions or drawings) of one forward and backward pass."""
+
+
+@dataclass
+class PolicyConfig(StageConfig):
+    """What stages that learn from groups have."""
+
+    group_size: int = 8
+    """Captions of an image, or drawings of a caption."""
+    updates: int = 1
+    """Optimiser steps on each rollout."""
+    scale_advantages: Literal["group", "batch", "none"] = "group"
+    """Whose standard deviation rewards are divided by, once their group's mean is taken off."""
+
+
+@dataclass
+class Stage0Config(StageConfig):
     """Decoder pre-training on (image, caption) pairs."""
 
     steps: int = 1000
-    """Optimiser steps."""
     images: int = 32
-    """Images of a step."""
     micro_batch: int = 32
-    """Pairs of one forward and backward pass."""
     lr_decoder: float = 1e-5
     """Learning rates are peaks, reached after `optimizer.warmup_steps`, in every stage."""
     lr_projector: float = 1e-4
 
 
 @dataclass
-class Stage1Config:
+class Stage1Config(StageConfig):
     """Cold start: encoder, projector and decoder through the differentiable sampler."""
 
     steps: int = 20
-    """Optimiser steps."""
-    images: int = 8
-    """Images of a step."""
     micro_batch: int = 8
-    """Images of one forward and backward pass."""
     lr_encoder: float = 1e-5
     lr_projector: float = 1e-4
     lr_decoder: float = 1e-5
@@ -245,23 +260,13 @@ class Stage1Config:
 
 
 @dataclass
-class Stage2Config:
+class Stage2Config(PolicyConfig):
     """Generation for Understanding: GRPO on the encoder's captions."""
 
-    steps: int = 60
-    """Rollouts."""
-    images: int = 8
-    """Images of a step."""
-    group_size: int = 8
-    """Captions of an image."""
-    micro_batch: int = 64
-    """Captions of one forward and backward pass."""
     shared_prefix: bool = True
     """Compute the prompt of an image once for all its captions in a micro-batch, which is most where `micro_batch` is
     a multiple of `group_size`, and no padding; false: every caption in a row of its own, behind a copy of its prompt.
     """
-    updates: int = 1
-    """Optimiser steps on each rollout."""
     lr: float = 1e-5
     temperature: float = 1.0
     """Of sampling, and of the log-probs in ratios and KL."""
@@ -276,24 +281,12 @@ class Stage2Config:
     """Weight of the KL term to the reference policy."""
     kl_estimator: Literal["k1", "k2", "k3", "k3_importance"] = "k3"
     """Of the KL term, as `uae_kernels.grpo_loss` names them."""
-    scale_advantages: Literal["group", "batch", "none"] = "group"
-    """Whose standard deviation rewards are divided by, once their group's mean is taken off."""
 
 
 @dataclass
-class Stage3Config:
-    """Understanding for Generation: flow GRPO on the decoder."""
+class Stage3Config(PolicyConfig):
+    """Understanding for Generation: flow GRPO on the decoder; a micro-batch is at one step of the sampler."""
 
-    steps: int = 60
-    """Rollouts."""
-    images: int = 8
-    """Images of a step."""
-    group_size: int = 8
-    """Drawings of a caption."""
-    micro_batch: int = 64
-    """Drawings of one forward and backward pass, at one step of the sampler."""
-    updates: int = 1
-    """Optimiser steps on each rollout."""
     lr: float = 3e-4
     kind: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
     """How noise enters: the samplers of Flow-GRPO, DanceGRPO and Flow-CPS (`uae_kernels.flow_step`)."""
@@ -314,8 +307,6 @@ class Stage3Config:
     """Weight of the KL term to the decoder as it was when the stage began."""
     kl: Literal["gaussian", "flow_grpo", "velocity"] = "gaussian"
     """How the KL term is computed, as `uae_kernels.flow_grpo_loss` names it."""
-    scale_advantages: Literal["group", "batch", "none"] = "group"
-    """As in stage 2."""
     ema_decay: float = 0.9
     """Of the running mean of the weights, which is what evaluation and the next stage get; 0 turns it off."""
 
@@ -435,9 +426,9 @@ def find_config(name: str) -> Path:
             return preset
     except OSError:  # a name too long for the file system
         pass
-    near = difflib.get_close_matches(path.stem, preset_names(), 1)
-    hint = f"; did you mean the preset {near[0]}?" if near else f"; presets: {', '.join(preset_names())}"
-    raise ConfigError([f"{short(name)}: no such file and no preset of that name{hint}"])
+    near = nearest(path.stem, preset_names())
+    hint = f"did you mean the preset {near}?" if near else f"presets: {', '.join(preset_names())}"
+    raise ConfigError([f"{short(name)}: no such file and no preset of that name; {hint}"])
 
 
 def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -450,6 +441,7 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: with every mistake, each naming file and line, the key, and the nearest valid choice.
     """
+    from .config_checks import invariants
     from .yaml_values import read_keys, read_value
 
     known, problems = leaves(), list[str]()
@@ -480,9 +472,8 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def _unknown(key: str, known: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(key[:80], known, 1, 0.6)
-    if near:
-        return f"unknown key; did you mean {near[0]}?"
+    if near := nearest(key[:80], known):
+        return f"unknown key; did you mean {near}?"
     group = key.rpartition(".")[0]
     inside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == group]
     if inside and group:

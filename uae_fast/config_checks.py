@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
 
+from .config import Config, leaves
 from .text import short
-
-if TYPE_CHECKING:
-    from .config import Config
 
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
 REPORTERS = {"tensorboard": "train", "wandb": "wandb", "trackio": "trackio"}  # package, and its extra of uae-fast
-FOLDERS = ("run", "data.train", "data.heldout")
+FOLDERS = ("run", "data.train", "data.heldout", "models.path")  # the last may be empty
 AT_LEAST = {
     1: (
         "data.resolution", "caption.max_new_tokens", "condition.length", "render.batch", "models.lora_rank",
@@ -32,22 +29,13 @@ Faults = Iterator[tuple[str, str]]
 
 def invariants(config: Config) -> list[tuple[str, str]]:
     """Every fault of a configuration, as (key, message)."""
-    checks = (_ranges, _run, _optimizer, _stages, _conditions, _same_sampler, _cheaper_sampler, _models, _reward)
+    checks = (_ranges, _run, _stages, _same_sampler, _cheaper_sampler, _models, _reward)
     return [fault for check in checks for fault in check(config)]
-
-
-def values(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key with its value."""
-    found: dict[str, Any] = {}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        found |= values(value, f"{prefix}{item.name}.") if is_dataclass(value) else {prefix + item.name: value}
-    return found
 
 
 def _ranges(c: Config) -> Faults:
     """Of single values."""
-    given = values(c)
+    given = {key: attrgetter(key)(c) for key in leaves()}
     for key, value in given.items():
         if isinstance(value, int | float) and value < 0 and key != "seed":
             yield key, f"{value} is negative"
@@ -59,10 +47,8 @@ def _ranges(c: Config) -> Faults:
         if given[key] <= 0:
             yield key, "must be above 0"
     for key in FOLDERS:
-        if not given[key].strip():
+        if not given[key].strip() and (given[key] or key != "models.path"):
             yield key, "names no folder"
-    if c.models.path and not c.models.path.strip():
-        yield "models.path", "names no folder"
     if c.data.max_bad >= 1:
         yield "data.max_bad", "is a share: below 1"
     if c.models.lora_alpha < 1:
@@ -84,12 +70,11 @@ def _run(c: Config) -> Faults:
     for reporter in c.reporters:
         if reporter not in REPORTERS:
             yield "reporters", f"no reporter {short(reporter)!r}; choose from {', '.join(REPORTERS)}"
-
-
-def _optimizer(c: Config) -> Faults:
     betas = c.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield "optimizer.betas", "two numbers of at least 0 and below 1 are needed"
+    if not _ascend(c.condition.buckets, c.condition.length):
+        yield "condition.buckets", f"must ascend and lie below condition.length = {c.condition.length}"
 
 
 def _stages(c: Config) -> Faults:
@@ -101,33 +86,24 @@ def _stages(c: Config) -> Faults:
         if hasattr(stage, "group_size") and stage.group_size < 2:
             yield f"{name}.group_size", "a group of 1 has no advantage: at least 2"
         if stage.micro_batch >= 1 and rows % stage.micro_batch:
-            yield (
-                f"{name}.micro_batch",
-                f"{rows} samples a step do not divide into micro-batches of {stage.micro_batch}",
-            )
+            portions = f"micro-batches of {stage.micro_batch}"
+            yield f"{name}.micro_batch", f"{rows} samples a step do not divide into {portions}"
     if not 1 <= c.stage1.backprop_last_steps <= c.stage1.sampler_steps:
         yield "stage1.backprop_last_steps", f"must lie between 1 and stage1.sampler_steps = {c.stage1.sampler_steps}"
-    policy = c.stage3
-    if policy.window > policy.window_end:
-        first = f"the first {policy.window_end} (stage3.window_end)"
-        yield "stage3.window", f"{policy.window} steps do not fit into {first}"
-    if policy.window_end >= c.render.steps:
-        last = f"render.steps = {c.render.steps}: the last step is never trained on"
-        yield "stage3.window_end", f"must be below {last}"
-    if policy.noise_level <= 0:
+    sde = c.stage3
+    if sde.window > sde.window_end:
+        yield "stage3.window", f"{sde.window} steps do not fit into the first {sde.window_end} (stage3.window_end)"
+    if sde.window_end >= c.render.steps:
+        yield "stage3.window_end", f"must be below render.steps = {c.render.steps}: the last step is never trained on"
+    if sde.noise_level <= 0:
         yield "stage3.noise_level", "must be above 0: a path without noise has no log-prob"
-    if policy.kind == "cps" and policy.noise_level > 1:
+    if sde.kind == "cps" and sde.noise_level > 1:
         yield "stage3.noise_level", "of stage3.kind = cps is a fraction of a quarter turn: at most 1"
-
-
-def _conditions(c: Config) -> Faults:
-    buckets, length = c.condition.buckets, c.condition.length
-    if not _ascend(buckets, length):
-        yield "condition.buckets", f"must ascend and lie below condition.length = {length}"
 
 
 def _same_sampler(c: Config) -> Faults:
     sampler, quantization = c.same_sampler, c.models.decoder_quantization
+    kept = f"models.decoder_quantization is {quantization}"
     unaccelerated = "" if sampler.accelerate else "same_sampler.accelerate is false"
     if c.models.offload:
         unaccelerated = "models.offload is true"
@@ -140,7 +116,6 @@ def _same_sampler(c: Config) -> Faults:
         if c.models.offload:
             yield key, "a graph reads weights where they were recorded, but models.offload moves them: choose false"
         if quantization != "none":
-            kept = f"models.decoder_quantization is {quantization}"
             yield key, f"quantised layers are not recorded: {kept}, choose none, or false here"
     if sampler.fp8:
         key = "same_sampler.fp8"
@@ -148,8 +123,7 @@ def _same_sampler(c: Config) -> Faults:
             yield key, f"is of the accelerated decoder alone; {unaccelerated}"
         if quantization != "none":
             other = ", which keeps them in e4m3 and multiplies in models.dtype: choose one of the two"
-            given = f"models.decoder_quantization is {quantization}{other * (quantization == 'fp8')}"
-            yield key, f"takes weights as they are; {given}"
+            yield key, f"takes weights as they are; {kept}{other * (quantization == 'fp8')}"
         if c.device.partition(":")[0] not in ("auto", "cuda", "cpu"):
             yield key, f"runs on a GPU by CUDA, or emulated on a CPU; device is {c.device}"
 
@@ -157,8 +131,8 @@ def _same_sampler(c: Config) -> Faults:
 def _cheaper_sampler(c: Config) -> Faults:
     cheap, steps = c.cheaper_sampler, c.cheaper_sampler.steps or c.render.steps
     if cheap.steps >= c.render.steps:
-        fewer = f"no fewer than render.steps = {c.render.steps}; 0 takes as many"
-        yield "cheaper_sampler.steps", f"{cheap.steps} are {fewer}"
+        key = "cheaper_sampler.steps"
+        yield key, f"{cheap.steps} are no fewer than render.steps = {c.render.steps}; 0 takes as many"
     if not 0 < cheap.guided_part <= 1:
         yield "cheaper_sampler.guided_part", "is a share: above 0, and at most 1"
     if cheap.guided_part != 1 and c.render.guidance_scale == 1:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .config import ConfigError
 from .models.reward import to_tensor
 from .seeds import generator
+from .team import Team
 from .text import printable, unicode_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -117,7 +118,7 @@ class Images(ABC):
         return self._known[1]
 
     def batch(self, step: int, size: int, seed: int, stage: str) -> list[Example]:
-        """The images of a step: epoch after epoch, each in an order of its own.
+        """This process's images of a step of `size`: epoch after epoch, each in an order of its own.
 
         In the place of an image that cannot be read comes the next one of the epoch that can; so a batch depends on
         which images are bad, not on when that was found.
@@ -134,7 +135,7 @@ class Images(ABC):
         """
         examples: list[Example] = []
         lost: dict[str, str] = {}
-        for position in range(step * size, (step + 1) * size):
+        for position in range(step * size, (step + 1) * size)[Team().part(size)]:
             epoch, place = divmod(position, self.count)
             order = self.order(seed, stage, epoch)
             for i in (order[(place + shift) % self.count] for shift in range(self.count)):
@@ -151,12 +152,13 @@ class Images(ABC):
         return Batch(examples, lost)
 
     def admit(self, batch: Batch) -> list[Example]:
-        """The images of a batch; what was lost with it is printed and counted from now on.
+        """The images of a batch; what was lost with it, in any process, is printed and counted from now on.
 
         Raises:
             ConfigError: too many cannot be read by now.
         """
-        for name, why in batch.lost.items():
+        everywhere = Team().exchange(batch.lost)
+        for name, why in {name: why for lost in everywhere for name, why in lost.items()}.items():
             self.skipped[name] = why
             print(self._skip_note(name), flush=True)
             check_share(self.key, self.folder, self.skipped, self.count, self.max_bad)
@@ -168,14 +170,14 @@ class Images(ABC):
 
 
 class ReadAhead:
-    """The images of a stage's steps; a thread reads and prepares those of the next step while this one computes.
+    """This process's images of a stage's steps; a thread reads and prepares the next ones while a step computes.
 
     What is read depends on the step alone, and what it brings with it (a skipped image, an error) comes out where its
     step asks for it. Use as a context manager: the thread ends with it.
 
     Args:
         images: of the run; nobody else reads them meanwhile.
-        size: of a step.
+        size: of a step, over all processes.
         seed: the run's.
         stage: its name.
         steps: how many the stage has.

@@ -1,10 +1,11 @@
-"""What a run runs in: versions, hardware, and the other libraries' talk."""
+"""What a run runs in: versions, hardware, a launcher's processes, and the other libraries' talk."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = (
@@ -31,6 +32,21 @@ def describe_environment() -> Iterator[str]:
     if not torch.cuda.is_available():
         yield "GPU none"
     yield describe_determinism()
+
+
+def launched() -> int:
+    """How many processes a launcher says it has started, by torchrun's environment variables; 1 without one."""
+    return int(os.environ["WORLD_SIZE"]) if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
+
+
+@contextmanager
+def first_process_speaks() -> Iterator[None]:
+    """Within, of several processes process 0 alone prints; of what is wrong (stderr), the first on each machine."""
+    with ExitStack() as stack:
+        for place, redirect in (("RANK", redirect_stdout), ("LOCAL_RANK", redirect_stderr)):
+            if launched() > 1 and os.environ[place] != "0":
+                stack.enter_context(redirect(stack.enter_context(open(os.devnull, "w"))))
+        yield
 
 
 def quiet_libraries() -> None:

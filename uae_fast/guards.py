@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from .checkpoint import last_words, remedy
 from .models import Models
 from .stages import Metrics, Stage
+from .team import MISTAKE, OUT_OF_MEMORY, Team, Trouble
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -27,12 +29,13 @@ class Interrupted(Exception):
     """SIGINT or SIGTERM stopped the run; `train` raises it when a checkpoint is saved.
 
     Attributes:
-        status: 128 + the signal's number, the exit status of the command.
+        number: the signal's.
+        status: 128 + its number, the exit status of the command.
     """
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name} and saved; go on with --resume")
-        self.status = 128 + number
+        self.number, self.status = number, 128 + number
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
@@ -52,10 +55,15 @@ class StopRequest:
 
     @contextmanager
     def heeded(self, now: bool = True) -> Iterator[None]:
-        """Within, if `now`, a request to stop raises `Interrupted` at the next forward pass of encoder or decoder."""
+        """Within, if `now`, a request to stop raises `Interrupted` at the next forward pass of encoder or decoder.
+
+        That, or memory that runs out, in one process is raised in all of them, the worst of what befell them: the
+        others learn it when they next exchange something.
+        """
         self._heeding = now
         try:
-            yield
+            with in_all_processes():
+                yield
         finally:
             self._heeding = False
 
@@ -66,20 +74,46 @@ class StopRequest:
 
 
 @contextmanager
+def in_all_processes() -> Iterator[None]:
+    """Within, `Interrupted` or a lack of memory in one process is raised in all of them."""
+    team, code = Team(), 0
+    try:
+        try:
+            yield
+        except Interrupted as stopped:
+            code = stopped.number
+        except RuntimeError as error:
+            if team.size == 1 or not is_out_of_memory(error):
+                raise
+            code = OUT_OF_MEMORY
+        if code:  # told where the traceback, which holds tensors, is gone
+            team.exchange(code=code)
+    except Trouble as trouble:
+        if trouble.code == MISTAKE:
+            raise
+        if trouble.code == OUT_OF_MEMORY:
+            raise torch.OutOfMemoryError("out of memory in one of the processes") from None
+        raise Interrupted(trouble.code) from None
+
+
+@contextmanager
 def stop_requests(models: Models) -> Iterator[StopRequest]:
     """Within, SIGINT and SIGTERM ask the run to save and stop, SIGUSR1 to save and go on.
 
     The handlers only take note. What stops the run is a forward pass of one of `models`, and only where the loop heeds
     requests: a rollout of minutes is left within one pass, an optimiser's step or a save never in its middle. A second
-    SIGINT or SIGTERM ends the process at once.
+    SIGINT or SIGTERM ends the process at once; but not one of several, which may get one request twice: from its
+    launcher, and from whoever told both.
     """
-    stop = StopRequest()
+    stop, team = StopRequest(), Team()
 
     def on_stop(number: int, _: object) -> None:
         stop.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.write(2, b"\nsaving and stopping; once more stops at once\n")  # print may have been what was interrupted
+        if team.size == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if team.rank == 0:  # not by print, which may have been what was interrupted
+            os.write(2, b"\nsaving and stopping" + b"; once more stops at once" * (team.size == 1) + b"\n")
 
     def on_save(*_: object) -> None:
         stop.save = True
@@ -112,28 +146,45 @@ def non_finite(values: dict[str, float]) -> dict[str, str]:
     return {name: str(value) for name, value in values.items() if not math.isfinite(value)}
 
 
-def first_non_finite(models: Models, trained: tuple[str, ...], tensors: dict[str, dict[str, Tensor]]) -> str | None:
-    """The name of a tensor that must not be saved because it holds NaN or infinity, if there is one.
+def saved_tensors(models: Models, trained: tuple[str, ...], tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What a checkpoint would hold, by name.
 
     Args:
         models: the networks.
-        trained: the parts of them that a checkpoint would hold.
+        trained: the parts of them that it would hold.
         tensors: what else it would hold, by file.
     """
-    named = [
-        *((f"{part}.{name}", p) for part in trained for name, p in getattr(models, part).named_parameters()),
-        *((f"{file}.{name}", value) for file, values in tensors.items() for name, value in values.items()),
-    ]
-    device = models.decoder.device
-    flags = [value.detach().isfinite().all().to(device) for _, value in named]
+    parts = {part: dict(getattr(models, part).named_parameters()) for part in trained}
+    return {f"{where}.{name}": value for where, held in (parts | tensors).items() for name, value in held.items()}
+
+
+def first_non_finite(named: dict[str, Tensor], device: torch.device) -> str | None:
+    """The name of a tensor that must not be saved because it holds NaN or infinity, if there is one."""
+    flags = [value.detach().isfinite().all().to(device) for value in named.values()]
     finite = torch.stack(flags).tolist() if flags else []
-    return next((name for (name, _), good in zip(named, finite, strict=True) if not good), None)
+    return next((name for name, good in zip(named, finite, strict=True) if not good), None)
+
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def first_unequal(named: dict[str, Tensor], device: torch.device) -> str | None:
+    """The name of a tensor that is not the same in all processes, told by the sum of its bits, if there is one."""
+    team = Team()
+    if team.size == 1 or not named:
+        return None
+    bits = [value.detach().flatten().view(INTEGERS[value.element_size()]) for value in named.values()]
+    told = team.exchange(torch.stack([each.sum(dtype=torch.long).to(device) for each in bits]).tolist())
+    return next((name for name, *sums in zip(named, *told, strict=True) if len(set(sums)) > 1), None)
 
 
 # ---- memory that runs out -------------------------------------------------------------------------------------------
 
 
-ALLOCATIONS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+ALLOCATIONS = (
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory", "Triton Error [CUDA]: out of memory",  # as where a kernel is loaded
+)  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -143,6 +194,12 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         return False
     known = isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in ALLOCATIONS)
     return known or is_out_of_memory(error.__context__)
+
+
+def fitting(settings: Any, most: int) -> int:
+    """The largest micro-batch of at most so many samples that divides a process's samples of a step."""
+    samples = settings.images // Team().size * getattr(settings, "group_size", 1)
+    return max(size for size in range(1, most + 1) if samples % size == 0)
 
 
 def shrink_micro_batch(stage: Stage) -> int:
@@ -159,8 +216,7 @@ def shrink_micro_batch(stage: Stage) -> int:
             f"out of memory in {stage.name} with a micro-batch of 1; lower render.batch, data.resolution, "
             f"caption.max_new_tokens or {stage.name}.images"
         )
-    samples = settings.images * getattr(settings, "group_size", 1)
-    settings.micro_batch = max(smaller for smaller in range(1, size // 2 + 1) if samples % smaller == 0)
+    settings.micro_batch = fitting(settings, size // 2)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     print(f"out of memory: {stage.name}.micro_batch goes from {size} to {settings.micro_batch}", flush=True)

@@ -17,6 +17,7 @@ from .config import Config, ConfigError, leaves
 from .models.loading import run_device
 from .models.sources import Source, find_sources
 from .parquet import HUB_FILES
+from .team import Team
 
 # Keys that change nothing of what is computed. Of folders it is the contents that count, under the same keys.
 FREE = {
@@ -57,10 +58,10 @@ def differences(saved: dict[str, Any], present: dict[str, Any], forced: Sequence
 
 
 def machine(config: Config) -> str:
-    """Where bits agree: the versions and the device of a process. Another machine is said aloud, not refused."""
-    device = run_device(config)
+    """Where bits agree: versions and device, and how many processes. Another machine is said aloud, not refused."""
+    device, size = run_device(config), Team().size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"torch {torch.__version__} on {name}"
+    return f"torch {torch.__version__} on {name}" + f", {size} processes" * (size > 1)
 
 
 def _parts(config: Config) -> dict[str, str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -22,7 +22,8 @@ from .text import printable
 PANEL, GAP, LINE, CAPTION_WIDTH = 256, 16, 20, 68  # of a sheet: three in pixels, one in characters
 
 
-class Captioned(NamedTuple):
+@dataclass
+class Captioned:
     """An image file and its caption."""
 
     path: Path
@@ -30,12 +31,10 @@ class Captioned(NamedTuple):
     caption: str
 
 
-class Reconstruction(NamedTuple):
-    """An image, its caption, what was drawn from that, and how alike the two are."""
+@dataclass
+class Reconstruction(Captioned):
+    """With what was drawn from the caption, and how alike image and drawing are."""
 
-    path: Path
-    image: Image.Image
-    caption: str
     drawn: Image.Image
     reward: float
 
@@ -90,7 +89,7 @@ def reconstruct(config: Config, models: Models, places: Sequence[Path], seed: in
     drawn = draw(config, models, [each.caption for each in captioned], [derive_seed(seed, "draw")] * len(captioned))
     rewards = models.reward(drawn, models.reward.embed_sources([each.image for each in captioned])).tolist()
     found = zip(captioned, map(to_image, drawn), rewards, strict=True)
-    return [Reconstruction(*each, picture, reward) for each, picture, reward in found]
+    return [Reconstruction(each.path, each.image, each.caption, picture, reward) for each, picture, reward in found]
 
 
 def side_by_side(rows: Sequence[Reconstruction]) -> Image.Image:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from .files import write_whole
 from .reporters import Reporter, open_reporter
+from .team import Team
 from .text import printable
 
 # What the names of readings begin with that are of the machine's making, not of the run's
@@ -32,7 +33,7 @@ def timeless(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class RunLog:
-    """Writes the metrics of a run: metrics.jsonl, and what else the reporters ask for.
+    """Writes the metrics of a run: metrics.jsonl, and what else the reporters ask for; in process 0 alone.
 
     Args:
         folder: the run's.
@@ -44,16 +45,19 @@ class RunLog:
     def __init__(self, folder: Path, reporters: Sequence[str], step: int = 0, config: dict[str, Any] | None = None):
         self.path = folder / "metrics.jsonl"
         self.waiting = ""  # rows that a full disk has not taken yet
-        if self.path.exists():
+        self.writes = Team().rank == 0
+        if self.writes and self.path.exists():
             kept = takewhile(lambda row: _step_of(row) <= step, self.path.read_text().splitlines())
             write_whole(self.path, "".join(f"{row}\n" for row in kept))
         self.reporters: dict[str, Reporter] = {}
-        for name in dict.fromkeys(reporters):
+        for name in dict.fromkeys(reporters if self.writes else ()):
             with self._reporting(name):
                 self.reporters[name] = open_reporter(name, folder, step, config or {})
 
     def metrics(self, step: int, stage: str, values: dict[str, float]) -> None:
         """One step's row; `step` counts over the whole run, from 1. NaN and infinities are written as null."""
+        if not self.writes:
+            return
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.waiting += json.dumps({"step": step, "stage": stage, **row}) + "\n"
         try:

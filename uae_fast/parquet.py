@@ -6,8 +6,8 @@ import glob
 import io
 import re
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -36,26 +36,20 @@ def open_images(place: str, key: str, config: DataConfig, *, captions: bool = Fa
     Raises:
         ConfigError: nothing there, or nothing of use.
     """
-    root, pattern = Path(place), "**/*.parquet"
+    root, pattern, named = Path(place), "**/*.parquet", place.endswith(".parquet")
     hub = None if root.exists() else HUB_FILES.fullmatch(place)
     if hub is not None:
         from huggingface_hub import snapshot_download
 
-        pattern = hub["pattern"] or pattern
-        wanted = [hub["pattern"] or "*.parquet"]
-        root = Path(
-            snapshot_download(hub["name"], repo_type="dataset", revision=hub["revision"], allow_patterns=wanted)
-        )
-    if root.is_dir():
-        files = sorted(root.glob(pattern))
-    else:
-        files = sorted(map(Path, glob.glob(place))) if place.endswith(".parquet") else []
-    if not files and hub is None and not place.endswith(".parquet"):
-        return ImageFolder(place, key, captions=captions, max_bad=config.max_bad)
-    if not files:
+        pattern, wanted = hub["pattern"] or pattern, hub["pattern"] or "*.parquet"
+        where: dict[str, Any] = {"repo_type": "dataset", "revision": hub["revision"], "allow_patterns": [wanted]}
+        root = Path(snapshot_download(hub["name"], **where))
+    files = sorted(root.glob(pattern) if root.is_dir() else map(Path, glob.glob(place) if named else ()))
+    if files:
+        return ParquetImages(files, key, config, captions=captions)
+    if hub is not None or named:
         raise ConfigError([f"{key}: no parquet file in {place}"])
-    columns = config.image_column, config.caption_column
-    return ParquetImages(files, key, *columns, captions=captions, max_bad=config.max_bad)
+    return ImageFolder(place, key, captions=captions, max_bad=config.max_bad)
 
 
 class ParquetImages(Images):
@@ -68,11 +62,10 @@ class ParquetImages(Images):
     Args:
         files: in the order of their rows' numbers.
         key: the configuration key that names them, for messages.
-        image_column: its cells hold an encoded image: bytes, or {"bytes", "path"} with either of them, as `datasets`
-            writes them; a path is taken from the file's folder.
-        caption_column: of text; need not be there unless `captions`.
+        config: names the column of images, whose cells are encoded: bytes, or {"bytes", "path"} with either of them, as
+            `datasets` writes them (a path is taken from the file's folder); that of captions, which need not be there
+            unless `captions`; and the share of images that may be left out.
         captions: whether every row must have one.
-        max_bad: share of the images that may be left out.
 
     Attributes:
         skipped: the rows whose image could not be decoded so far ("row 7"), each with the reason.
@@ -81,26 +74,16 @@ class ParquetImages(Images):
         ConfigError: a column is missing or is of another kind, or there is no row.
     """
 
-    def __init__(
-        self,
-        files: list[Path],
-        key: str,
-        image_column: str,
-        caption_column: str,
-        *,
-        captions: bool = False,
-        max_bad: float = 0.01,
-    ):
+    def __init__(self, files: list[Path], key: str, config: DataConfig, *, captions: bool = False):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         super().__init__()
-        self.key, self.max_bad = key, max_bad
-        self.folder, self.image_column, self.caption_column = files[0].parent, image_column, caption_column
+        self.key, self.max_bad, self.folder, self.skipped = key, config.max_bad, files[0].parent, {}
+        self.columns = image_column, caption_column = config.image_column, config.caption_column
         self.groups: list[tuple[Path, int, int]] = []  # file, its row group, that one's first row in the file
-        counts: list[int] = []
-        problems: list[str] = []
-        self.captioned = True
+        self.captioned, self.table = True, lru_cache(MIXED_GROUPS)(self._table)
+        counts, problems = list[int](), list[str]()
         for file in files:
             try:
                 opened = pq.ParquetFile(file)
@@ -111,19 +94,20 @@ class ParquetImages(Images):
             if image_column not in schema.names:
                 problems.append(f"{key}: {file} has no column {image_column} (data.image_column), but {schema.names}")
                 continue
-            kind = schema.field(image_column).type
-            binary = (
-                kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
-            )
+            binary = kind = schema.field(image_column).type
+            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+                binary = kind.field("bytes").type
             if not (pa.types.is_binary(binary) or pa.types.is_large_binary(binary)):
                 problems.append(f"{key}: {file}: column {image_column} holds {kind}, not encoded images")
-            self.captioned &= caption_column in schema.names and _complete(opened, caption_column)
+            self.captioned &= caption_column in schema.names
             for group in range(opened.num_row_groups):
-                count = opened.metadata.row_group(group).num_rows
+                if self.captioned:
+                    texts = opened.read_row_group(group, columns=[caption_column])[caption_column]
+                    self.captioned = texts.null_count == 0
                 self.groups.append((file, group, rows))
-                counts.append(count)
-                rows += count
-        self.ends = list(accumulate(counts))
+                counts.append(opened.metadata.row_group(group).num_rows)
+                rows += counts[-1]
+        self.starts = list(accumulate(counts, initial=0))  # of the groups, and the end of the last
         if not problems and not sum(counts):
             problems.append(f"{key}: {files[0].parent} has parquet files without a row")
         if captions and not self.captioned and not problems:
@@ -131,11 +115,9 @@ class ParquetImages(Images):
             problems.append(f"{key}: stages 0 and 1 need a caption in every row, in {where}")
         if problems:
             raise ConfigError(problems)
-        self.skipped: dict[str, str] = {}
-        self.tables: OrderedDict[int, Any] = OrderedDict()
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return self.starts[-1]
 
     @property
     def files(self) -> list[str]:
@@ -169,51 +151,34 @@ class ParquetImages(Images):
 
     def _place(self, row: int) -> tuple[int, int, str]:
         """A row's group, its place in that, and its image's name."""
-        group = bisect_right(self.ends, row)
+        group = bisect_right(self.starts, row) - 1
         file, _, first = self.groups[group]
-        place = row - (self.ends[group - 1] if group else 0)
+        place = row - self.starts[group]
         return group, place, f"{file.stem}-{first + place:06d}"
 
     def _load(self, row: int) -> Example:
         group, place, name = self._place(row)
-        cells = self._table(group).slice(place, 1).to_pylist()[0]
-        cell = cells[self.image_column]
+        cells = self.table(group).slice(place, 1).to_pylist()[0]
+        cell, caption = (cells.get(column) for column in self.columns)
         data, path = (cell["bytes"], cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if data is None and path is None:
             raise ValueError("no image in this row")
         encoded: Any = io.BytesIO(data) if data is not None else self.groups[group][0].parent / str(path)
-        caption = cells.get(self.caption_column)
         return Example(row, name, load_image(encoded), unicode_text(caption) if isinstance(caption, str) else None)
 
     def _shuffled(self, rng: torch.Generator) -> Sequence[int]:
         rows: list[int] = []
         groups = torch.randperm(len(self.groups), generator=rng).tolist()
         for start in range(0, len(groups), MIXED_GROUPS):
-            mixed = [
-                row
-                for group in groups[start : start + MIXED_GROUPS]
-                for row in range(self.ends[group - 1] if group else 0, self.ends[group])
-            ]
+            some = groups[start : start + MIXED_GROUPS]
+            mixed = [row for group in some for row in range(self.starts[group], self.starts[group + 1])]
             rows += [mixed[i] for i in torch.randperm(len(mixed), generator=rng).tolist()]
         return rows
 
     def _table(self, group: int) -> Any:
-        """A row group's rows; the last few groups stay in memory."""
+        """A row group's rows; `table` keeps the last few groups in memory."""
         import pyarrow.parquet as pq
 
-        if group not in self.tables:
-            file, inside, _ = self.groups[group]
-            opened = pq.ParquetFile(file)
-            columns = {self.image_column, self.caption_column} & set(opened.schema_arrow.names)
-            self.tables[group] = opened.read_row_group(inside, columns=sorted(columns))
-            if len(self.tables) > MIXED_GROUPS:
-                self.tables.popitem(last=False)
-        self.tables.move_to_end(group)
-        return self.tables[group]
-
-
-def _complete(opened: Any, column: str) -> bool:
-    """Whether a text column has a value in every row."""
-    return all(
-        opened.read_row_group(group, columns=[column])[column].null_count == 0 for group in range(opened.num_row_groups)
-    )
+        file, inside, _ = self.groups[group]
+        opened = pq.ParquetFile(file)
+        return opened.read_row_group(inside, columns=sorted({*self.columns} & {*opened.schema_arrow.names}))

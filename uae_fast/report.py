@@ -8,14 +8,14 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from .config import MOMENTS
+from .config import MOMENTS, ConfigError
 from .files import write_whole
 from .text import unicode_text
 
@@ -52,14 +52,14 @@ def write_report(run: Path) -> Path:
     """Writes `report.html` into a run's folder from what the run has left there so far.
 
     Raises:
-        ValueError: the folder is not a run's.
+        ConfigError: the folder is not a run's, or what it has is broken.
     """
     if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run} is not the folder of a run: it has no config.yaml")
+        raise ConfigError([f"{run} is not the folder of a run: it has no config.yaml"])
     config = (run / "config.yaml").read_text(encoding="utf-8")
     summary_file = run / "summary.json"
     summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
-    scores = {m: read_rows(run / "samples" / m / "scores.jsonl") for m in ("ceiling", *MOMENTS)}
+    scores = {m: read_rows(run / "samples" / m / "scores.jsonl") for m in (*MOMENTS, "ceiling")}
     steps = read_rows(run / "metrics.jsonl")
     moments = measured(summary, scores)
     name = escape(run.resolve().name)
@@ -99,7 +99,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             if i < len(lines):
-                raise ValueError(f"{path}:{i}: not a line of JSON") from None
+                raise ConfigError([f"{path}:{i}: not a line of JSON"]) from None
     return rows
 
 
@@ -115,11 +115,12 @@ def measured(summary: dict, scores: dict[str, list[dict]]) -> dict[str, dict[str
     return moments
 
 
-def summarise(rows: list[dict], previous: list[dict]) -> dict[str, float | None]:
-    """Means over a moment's rows; the gain's standard error is paired with the moment before."""
-    names = {"attribute_recall": "recall", "attribute_precision": "precision", "caption_tokens": "tokens"}
-    names |= {"reward": "reward", "accuracy": "accuracy"}
-    columns = {name: [row[key] for row in rows if is_number(row.get(key))] for name, key in names.items()}
+def summarise(rows: Sequence[dict], previous: Sequence[dict] = ()) -> dict[str, float | None]:
+    """Means over a moment's rows; the gain's standard error is paired, image by image, with the moment before."""
+    names = {"reward": "reward", "accuracy": "accuracy", "caption_tokens": "tokens"}
+    names |= {"attribute_recall": "recall", "attribute_precision": "precision"}
+    names |= {"heldout_reward": "heldout_reward"} if "heldout_reward" in rows[0] else {}
+    columns = {name: [x for row in rows if isinstance(x := row.get(key), int | float)] for name, key in names.items()}
     before = {row["file"]: row.get("reward") for row in previous}
     changes = [difference(row.get("reward"), before.get(row["file"])) for row in rows]
     gains = [change for change in changes if change is not None]
@@ -197,8 +198,7 @@ def headline(moments: dict[str, dict]) -> str:
 def table(moments: dict[str, dict]) -> str:
     """A line for every moment."""
     lines, previous = [], None
-    for moment in [m for m in (*MOMENTS, "ceiling") if m in moments]:
-        values = moments[moment]
+    for moment, values in moments.items():
         reward = values.get("reward")
         gain = None if moment == "ceiling" else difference(reward, previous)
         cells = [
@@ -224,10 +224,11 @@ def gallery(samples: Path, scores: dict[str, list[dict]]) -> str:
     """A row for each held-out image with pictures: the source, then what was written and drawn."""
     shown = [moment for moment in MOMENTS if scores[moment]]
     by_file = {moment: {row["file"]: row for row in rows} for moment, rows in scores.items()}
-    pictures = {row["file"]: picture_name(row) for moment in shown for row in scores[moment]}
-    pictures = {
-        file: name for file, name in pictures.items() if any((samples / moment / name).is_file() for moment in shown)
-    }
+    pictures = {}
+    for row in (row for moment in shown for row in scores[moment]):
+        name = Path(row.get("picture") or f"{Path(row['file']).stem}.png").name  # and never a path out of the folder
+        if any((samples / moment / name).is_file() for moment in shown):
+            pictures[row["file"]] = name
     if not pictures:
         return ""
     lines = []
@@ -248,11 +249,6 @@ def gallery(samples: Path, scores: dict[str, list[dict]]) -> str:
 <div class="heads" aria-hidden="true">{heads}</div>
 {"".join(lines)}</div></section>
 """
-
-
-def picture_name(row: dict) -> str:
-    """The file of a row's picture in each moment's folder, and never a path out of it."""
-    return Path(row.get("picture") or f"{Path(row['file']).stem}.png").name
 
 
 def cell(picture: str, name: str, words: str) -> str:
@@ -321,23 +317,19 @@ def curves(steps: list[dict]) -> str:
 
 def phases(rows: list[dict]) -> str:
     """A bar of the median step's seconds, phase by phase; nothing where they were not logged."""
-    columns: dict[str, list[float]] = {name: [] for name in PHASES}
+    logged = []
     for row in rows:
         took = {key[8:]: value for key, value in row.items() if key.startswith("seconds/") and is_number(value)}
         if {"rollout", "update"} <= took.keys():
             took["rest of the rollout"] = max(0.0, took["rollout"] - sum(took.get(name, 0.0) for name in PHASES[:4]))
-            for name, values in columns.items():
-                values.append(took.get(name, 0.0))
-    seconds = [statistics.median(values) if values else 0.0 for values in columns.values()]
-    whole = sum(seconds)
-    shown = [
-        (i, name, took) for i, (name, took) in enumerate(zip(PHASES, seconds, strict=True)) if took >= 0.005 * whole > 0
-    ]
-    bar = "".join(f'<i class="phase{i}" style="flex-grow:{took / whole:.4f}"></i>' for i, _, took in shown)
-    names = "".join(
-        f'<li class="phase{i}">{name} <small>{number(took, ".3g")} s</small></li>' for i, name, took in shown
-    )
-    return f'<div class="phases" aria-hidden="true">{bar}</div><ul class="phases">{names}</ul>' if shown else ""
+            logged.append([took.get(name, 0.0) for name in PHASES])
+    seconds = [statistics.median(values) for values in zip(*logged, strict=True)]
+    whole, bar, names = sum(seconds), "", ""
+    for i, (name, median) in enumerate(zip(PHASES, seconds, strict=False)):
+        if median >= 0.005 * whole > 0:
+            bar += f'<i class="phase{i}" style="flex-grow:{median / whole:.4f}"></i>'
+            names += f'<li class="phase{i}">{name} <small>{number(median, ".3g")} s</small></li>'
+    return f'<div class="phases" aria-hidden="true">{bar}</div><ul class="phases">{names}</ul>' if bar else ""
 
 
 def chart(name: str, unit: str, lines: dict[str, Points]) -> str:
@@ -363,24 +355,15 @@ def chart(name: str, unit: str, lines: dict[str, Points]) -> str:
         parts.append(f'<text class="mid" x="{x_at(x):.1f}" y="{HEIGHT - BOTTOM + 15}">{x:.0f}</text>')
     parts.append(f'<text class="mid" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}">step</text>')
     for i, (line, points) in enumerate(lines.items()):
-        parts += [f'<g class="line{i}">', drawn(points, x_at, y_at)]
+        dots, mean = ([f"{x_at(x):.1f} {y_at(y):.1f}" for x, y in some] for some in (points, smoothed(points)))
+        parts.append(f'<g class="line{i}"><path class="dots" d="{"".join(f"M{place}h0" for place in dots)}"/>')
+        parts.append(f'<path class="mean" d="M{"L".join(mean) or "0 0"}"/>')
         if line:
             right = WIDTH - RIGHT - 68 * (len(lines) - 1 - i)
             parts.append(f'<text class="end" x="{right}" y="10">{line}</text>')
         parts.append("</g>")
     spoken = escape(f"{name} in {unit} by step, between {number(low, '.3g')} and {number(high, '.3g')}")
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{spoken}">{"".join(parts)}</svg>'
-
-
-def drawn(points: Points, x_at: Callable[[float], float], y_at: Callable[[float], float]) -> str:
-    """The dots and the running mean of one line, in a chart's coordinates."""
-
-    def place(x: float, y: float) -> str:
-        return f"{x_at(x):.1f} {y_at(y):.1f}"
-
-    dots = "".join(f"M{place(x, y)}h0" for x, y in points)
-    mean = "L".join(place(x, y) for x, y in smoothed(points))
-    return f'<path class="dots" d="{dots}"/><path class="mean" d="M{mean or "0 0"}"/>'
 
 
 def smoothed(points: Points) -> Points:

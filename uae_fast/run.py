@@ -16,12 +16,13 @@ from .checkpoint import last_words, prune_checkpoints, remedy, save_checkpoint
 from .config import Config
 from .data import Example, ImageFolder
 from .files import write_whole
-from .guards import RunFailed, StopRequest, first_non_finite
+from .guards import RunFailed, StopRequest, first_non_finite, first_unequal, saved_tensors
 from .identity import machine
 from .logging import RunLog
 from .models import Models
 from .parquet import ParquetImages
 from .stages import Stage
+from .team import Team
 
 
 @dataclass
@@ -91,30 +92,37 @@ class Run:
     def save(self, *, must: bool = False) -> None:
         """Publishes a checkpoint of the last completed step.
 
-        Where the disk refuses, training goes on with the checkpoints there are, unless one `must` be written.
+        Process 0 writes it. Where the disk refuses, training goes on with the checkpoints there are, unless one `must`
+        be written.
 
         Raises:
-            RunFailed: a weight or moment is not finite, or the disk refuses what must be written.
+            RunFailed: a weight or moment is not finite or not the same in all processes, or the disk refuses what must
+                be written.
         """
         position, folder = self.position, self.folder / "checkpoints"
         if self.saved == (position.step, position.place):
             return
         position.seconds = time.monotonic() - self.began
         tensors = self.tensors()
-        poisoned = first_non_finite(self.models, position.trained, tensors)
-        if poisoned is not None:
-            raise RunFailed(f"step {position.step}: {poisoned} is not finite, nothing is saved; {self.last_words()}")
+        named, device = saved_tensors(self.models, position.trained, tensors), self.models.decoder.device
+        for find, wrong in ((first_non_finite, "is not finite"), (first_unequal, "differs between processes")):
+            if (name := find(named, device)) is not None:
+                raise RunFailed(f"step {position.step}: {name} {wrong}, nothing is saved; {self.last_words()}")
         state = {**asdict(position), "score": fmean(self.scores) if self.scores else None}
         state |= {"identity": self.identity, "machine": machine(self.config)}
-        try:
-            self.log.sync()
-            save_checkpoint(folder, self.models, state, tensors)
-            prune_checkpoints(folder, self.config.checkpoint)
-        except OSError as error:
-            if must:
-                words = f"{error}; {remedy(error, self.folder)}; {self.last_words()}"
-                raise RunFailed(f"step {position.step} cannot be saved: {words}") from error
-            print(f"step {position.step} not saved: {error}; training goes on, {self.last_words()}", flush=True)
+        refused = ("", "")
+        if Team().rank == 0:
+            try:
+                self.log.sync()
+                save_checkpoint(folder, self.models, state, tensors)
+                prune_checkpoints(folder, self.config.checkpoint)
+            except OSError as error:
+                refused = (str(error), remedy(error, self.folder))
+        why, helps = Team().exchange(refused)[0]
+        if why and must:
+            raise RunFailed(f"step {position.step} cannot be saved: {why}; {helps}; {self.last_words()}")
+        if why:
+            print(f"step {position.step} not saved: {why}; training goes on, {self.last_words()}", flush=True)
             return
         self.saved = (position.step, position.place)
         self.scores.clear()
@@ -126,18 +134,20 @@ class Run:
             RunFailed: it was one too many in a row (`optimizer.max_skipped`).
         """
         position = self.position
-        found = {
+        everywhere = Team().exchange([{"id": example.id, "file": example.file} for example in examples])
+        found: dict[str, Any] = {
             "step": position.step,
             "stage": stage.name,
             "stage_step": position.stage_step - 1,  # as seeds count it
             "seed": self.config.seed,
-            "images": [{"id": example.id, "file": example.file} for example in examples],
+            "images": [image for images in everywhere for image in images],
             "not_finite": bad,
         }
         path = self.folder / f"bad_step_{position.step}.json"
         print(f"step {position.step} skipped: {', '.join(bad)} not finite; see {path}", flush=True)
         try:
-            write_whole(path, json.dumps(found, indent=1) + "\n")
+            if Team().rank == 0:
+                write_whole(path, json.dumps(found, indent=1) + "\n")
         except OSError as error:
             print(f"{path} not written: {error}", flush=True)
         if position.skipped_in_row >= self.config.optimizer.max_skipped:

@@ -21,6 +21,7 @@ from .config import Config
 from .models import Models
 from .rollout.renders import Shortcuts
 from .stages import Stage
+from .team import Team
 
 # FLOP/s of dense bf16 products by the maker's data sheets; the first name that the device's contains
 PEAKS = {
@@ -161,10 +162,13 @@ def step_flops(number: int, config: Config, sizes: Sizes, image: int, values: di
 
 
 class Speed:
-    """What the steps of a stage took: seconds, images and tokens a second, memory, and the share of the GPU's peak."""
+    """What the steps of a stage took: seconds, images and tokens a second, memory, and the share of the GPU's peak.
+
+    Seconds are process 0's, images and tokens those of all processes, memory the most of one, the share of all GPUs.
+    """
 
     def __init__(self, stage: Stage, config: Config):
-        self.stage, self.config, self.device = stage, config, stage.models.decoder.device
+        self.stage, self.config, self.device, self.team = stage, config, stage.models.decoder.device, Team()
         self.peak = peak_flops(self.device.type) if config.models.dtype == "bfloat16" else None
         self.sizes = None if self.peak is None else Sizes.of(stage.models)
         self.image = image_tokens(stage.models, config.data.resolution)
@@ -184,7 +188,7 @@ class Speed:
         if self.stage.trains == ("encoder",):
             values["tokens_per_second"] = images * values["completions/mean_length"] / seconds
         if self.device.type == "cuda":
-            values["memory/peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            values["memory/peak_gb"] = max(self.team.exchange(torch.cuda.max_memory_allocated(self.device) / 2**30))
         if self.peak and self.sizes:
             worth = step_flops(int(self.stage.name[-1]), self.config, self.sizes, self.image, values)
-            values["mfu"] = worth / (seconds * self.peak)
+            values["mfu"] = worth / (seconds * self.peak * self.team.size)

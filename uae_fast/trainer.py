@@ -12,15 +12,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checkpoint import checkpoints, clear_leftovers, load_checkpoint, newest_checkpoint, read_state
+from .checkpoint import checkpoints, clear_leftovers, last_words, load_checkpoint, newest_checkpoint, read_state
 from .config import Config, ConfigError, save_config
 from .data import Example, ReadAhead
 from .determinism import set_deterministic
 from .evaluate.heldout import Evaluator
 from .guards import (
     Interrupted,
+    RunFailed,
     disk_failures,
     fetch,
+    fitting,
     is_out_of_memory,
     non_finite,
     shrink_micro_batch,
@@ -30,7 +32,7 @@ from .identity import differences, machine, run_identity
 from .logging import ProgressLine, RunLog, progress_words
 from .models.fp8 import NAME as FP8_NAME
 from .models.loading import load_models
-from .models.sources import find_sources
+from .models.sources import find_sources, pooled_file
 from .optim import RunningMean, build_optimizer, optimizer_tensors, restore_optimizer, warm_up
 from .parquet import open_images
 from .phases import Stopwatch
@@ -43,12 +45,15 @@ from .stages.cold_start import ColdStart
 from .stages.decoder_pretrain import DecoderPretrain
 from .stages.generation_for_understanding import GenerationForUnderstanding
 from .stages.understanding_for_generation import UnderstandingForGeneration
+from .team import Lost, Team, joined, merged
 
 STAGES: tuple[Any, ...] = (DecoderPretrain, ColdStart, GenerationForUnderstanding, UnderstandingForGeneration)
 
 
 def train(config: Config, *, resume: bool = False, force: Sequence[str] = ()) -> Path:
     """Runs the configured stages, each from the end of the one before, and measures held-out images in between.
+
+    The processes that a launcher started share every step (`team`); process 0 writes.
 
     Args:
         config: the run.
@@ -59,21 +64,28 @@ def train(config: Config, *, resume: bool = False, force: Sequence[str] = ()) ->
         The run's folder: config.yaml, metrics.jsonl, tensorboard/, samples/, checkpoints/, summary.json, report.html.
 
     Raises:
-        ConfigError: a folder is missing, or the run folder has a run already (with `resume`: has none, or has one of
-            another identity).
+        ConfigError: a folder is missing, the run folder has a run already (with `resume`: has none, or has one of
+            another identity), or a step does not divide among the processes.
         Interrupted: after SIGINT or SIGTERM, with a checkpoint saved.
-        RunFailed: too many steps in a row were not finite, memory or disk does not suffice.
+        RunFailed: too many steps in a row were not finite, memory or disk does not suffice, another process has ended.
     """
     folder = Path(config.run)
-    with disk_failures(folder):
-        run_all(config, folder, resume, force)
+    try:
+        with joined(config) as team, disk_failures(folder):
+            run_all(config, folder, resume, force, team)
+    except Lost as error:
+        raise RunFailed(f"{error}; {last_words(folder)}") from error
     return folder
 
 
-def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str]) -> None:
+def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str], team: Team) -> None:
     """What `train` does, where an error of the disk is still one."""
-    clear_leftovers(folder / "checkpoints")
-    start = newest_checkpoint(folder / "checkpoints") if resume else None
+    first = team.rank == 0
+    if first:
+        clear_leftovers(folder / "checkpoints")
+    newest = newest_checkpoint(folder / "checkpoints") if first and resume else None
+    found = team.exchange(str(newest or ""))[0]
+    start = Path(found) if found else None
     if resume and start is None:
         raise ConfigError([f"run: {folder} has no checkpoint to resume from"])
     if not resume and (checkpoints(folder / "checkpoints") or (folder / "metrics.jsonl").exists()):
@@ -81,6 +93,7 @@ def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str]) ->
     find_sources(config)
     check_reporters(config.reporters)
     torch.set_float32_matmul_precision(config.float32_products)
+    torch.backends.cudnn.allow_tf32 = config.float32_products != "highest"  # convolutions have a switch of their own
     print(set_deterministic(config.deterministic), flush=True)
     kinds = [STAGES[number] for number in config.stages]
     captions = any(kind.needs_captions for kind in kinds)
@@ -89,6 +102,9 @@ def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str]) ->
     for note in (*data.notes(), *heldout.notes()):
         print(note, flush=True)
     identity, position = run_identity(config), Position()
+    everywhere = team.exchange(identity)
+    if unequal := [key for key in identity if any(other[key] != everywhere[0][key] for other in everywhere)]:
+        raise ConfigError([f"{key}: is not the same in all processes" for key in unequal])
     if start is not None:
         state = read_state(start)
         if changed := differences(state["identity"], identity, force):
@@ -98,9 +114,11 @@ def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str]) ->
         if state["machine"] != machine(config):
             print(f"it was written by {state['machine']}; bits may differ on {machine(config)}", flush=True)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
-    models = load_models(config)
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    with team.first(lambda: not pooled_file(config, find_sources(config).decoder).is_file()):
+        models = load_models(config)
     models.decoder.fp8_file = folder / FP8_NAME
     models.encoder.freeze_reader()
     if start is not None:
@@ -115,8 +133,9 @@ def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str]) ->
             run_stages(run, kinds, evaluator)
         finally:
             log.close()
-    evaluator.summary(minutes=(time.monotonic() - began) / 60)
-    write_report(folder)
+    if first:
+        evaluator.summary(minutes=(time.monotonic() - began) / 60)
+        write_report(folder)
 
 
 def run_stages(run: Run, kinds: Sequence[Any], evaluator: Evaluator) -> None:
@@ -151,8 +170,9 @@ def run_stages(run: Run, kinds: Sequence[Any], evaluator: Evaluator) -> None:
 def run_stage(stage: Stage, run: Run) -> None:
     """One stage from the run's position to its end; the position moves along."""
     config, models, settings, position = run.config, run.models, stage.settings, run.position
-    settings.micro_batch = position.micro_batch or settings.micro_batch
+    settings.micro_batch = fitting(settings, position.micro_batch or settings.micro_batch)
     groups = stage.groups()
+    models.bring(stage.trains)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = build_optimizer(groups, config.optimizer)
     mean = RunningMean(parameters, getattr(settings, "ema_decay", 0.0))
@@ -187,14 +207,14 @@ def run_stage(stage: Stage, run: Run) -> None:
             values["skipped_steps"], values["skipped_images"] = position.skipped, len(run.data.skipped)
             speed.measure(values, images.waited)
             if models.decoder.loops is not None:
-                values["memory/graphs_gb"] = models.decoder.loops.recorder.bytes / 1e9
+                values["memory/graphs_gb"] = models.decoder.loops.recorder.bytes / 2**30
             run.log.metrics(position.step, stage.name, values)
             progress.advance(words=progress_words(values))
             if bad:
                 run.report_bad_step(stage, examples, bad)
             elif config.checkpoint.keep_best in values:
                 run.scores.append(values[config.checkpoint.keep_best])
-            due = position.stage_step % config.checkpoint.every == 0 or run.stop.save
+            due = position.stage_step % config.checkpoint.every == 0 or any(Team().exchange(run.stop.save))
             if due and position.stage_step < settings.steps:
                 run.save()
             run.stop.save = False
@@ -233,7 +253,7 @@ def take_step(
                     with watch.running("rollout"):
                         rollout = stage.rollout(examples, step)
                 metrics = accumulate(stage, rollout, parameters, run.config.optimizer.max_grad_norm)
-                found = fetch({**rollout.metrics, **metrics})
+                found = Team().merge(fetch({**rollout.metrics, **metrics}))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -254,7 +274,10 @@ def take_step(
 
 
 def accumulate(stage: Stage, rollout: Any, parameters: list[nn.Parameter], max_grad_norm: float) -> Metrics:
-    """Gradients of a rollout, micro-batch by micro-batch, clipped; the losses are shares that add up."""
+    """Gradients of a rollout, micro-batch by micro-batch, averaged over the processes and clipped.
+
+    The losses are shares that add up; each process has those of its own samples, of which all have equally many.
+    """
     collected: dict[str, list[Tensor]] = {}
     size = stage.settings.micro_batch
     for start in range(0, len(rollout), size):
@@ -262,7 +285,8 @@ def accumulate(stage: Stage, rollout: Any, parameters: list[nn.Parameter], max_g
         loss.backward()
         for name, value in {"loss": loss.detach(), **metrics}.items():
             collected.setdefault(name, []).append(value)
+    Team().average_gradients(parameters)
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    merged = {name: torch.stack(values) for name, values in collected.items()}
-    means = {name: values.amax() if name.endswith("max") else values.mean() for name, values in merged.items()}
-    return {**means, "loss": merged["loss"].sum(), "grad_norm": grad_norm.detach()}
+    stacked = {name: torch.stack(values) for name, values in collected.items()}
+    means = {name: merged(name, values) for name, values in stacked.items()}
+    return {**means, "loss": stacked["loss"].sum(), "grad_norm": grad_norm.detach()}

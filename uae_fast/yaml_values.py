@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Set
@@ -12,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from .config import ConfigError
-from .text import short, unicode_text
+from .text import nearest, short, unicode_text
 
 TAG = "tag:yaml.org,2002:"
 SCALARS = {TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")}
@@ -35,9 +34,7 @@ def read_keys(path: Path, overrides: Iterable[str], known: Mapping[str, Any], pr
         root = compose(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError([not_yaml(str(path), error)]) from None
-    if root is not None:
-        groups = {key.rpartition(".")[0] for key in known if "." in key}
-        collect(root, str(path), groups, given, problems)
+    collect(root, str(path), {key.rpartition(".")[0] for key in known if "." in key}, given, problems)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -45,17 +42,16 @@ def read_keys(path: Path, overrides: Iterable[str], known: Mapping[str, Any], pr
             continue
         try:
             is_text = known.get(key) is str or get_origin(known.get(key)) is Literal
-            node = yaml.ScalarNode(TAG + "str", text) if is_text else compose(text)
-            given[key] = ("command line", node or yaml.ScalarNode(TAG + "null", ""))
+            given[key] = "command line", yaml.ScalarNode(TAG + "str", text) if is_text else compose(text)
         except yaml.YAMLError as error:
             problems.append(not_yaml(f"command line: {short(key)}", error))
     return given
 
 
-def compose(text: str) -> yaml.Node | None:
-    """YAML as nodes: nothing is constructed, an alias is not expanded."""
+def compose(text: str) -> yaml.Node:
+    """YAML as nodes: nothing is constructed, an alias is not expanded. Nothing at all is null."""
     try:
-        return yaml.compose(text, yaml.SafeLoader)
+        return yaml.compose(text, yaml.SafeLoader) or yaml.ScalarNode(TAG + "null", "")
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
 
@@ -108,8 +104,7 @@ def read_value(node: yaml.Node, kind: Any) -> Any:
     text = node.value if isinstance(node, yaml.ScalarNode) and node.tag != TAG + "null" else None
     if get_origin(kind) is Literal:
         if text not in get_args(kind):
-            near = difflib.get_close_matches(text or "", get_args(kind), 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near}?" if (near := nearest(text or "", get_args(kind))) else ""
             raise ValueError(f"{shown(node)} is none of {', '.join(get_args(kind))}{hint}")
     elif kind is str:
         if text is None:
@@ -126,7 +121,7 @@ def read_value(node: yaml.Node, kind: Any) -> Any:
         return int(text)
     else:
         try:
-            number = float(text if text is not None else "nothing")
+            number = float(text or "nothing")
         except ValueError:
             raise ValueError(f"{shown(node)} is not a number") from None
         if not math.isfinite(number):

@@ -29,7 +29,6 @@ PASSES = 8  # visits to each contestant, in alternating order, so that drift fav
 SECONDS = {"cpu": 0.25, "cuda": 0.5}  # for the rounds of one visit
 CYCLES = 2e9  # of a GPU in a second
 ROUNDS = {"cpu": (1, 10), "cuda": (2, 10)}  # of one visit, at least and at most
-ONCE = (3, 20)  # the same where there is one visit alone
 LONG = 0.05  # seconds of a step that a CPU does not warm up for: what is cold is no part of so long a step
 BEHIND = 2.0  # a configuration that takes so many times as long as another of the same contestant is not timed
 
@@ -106,6 +105,7 @@ class Entry:
     flops: int | None = None
     times: list[float] = field(default_factory=list)
     visits: list[float] = field(default_factory=list)  # the median of each visit's times
+    beside: list[float] = field(default_factory=list)  # visits to ours that are paired with these, if they are
 
 
 class Contest:
@@ -129,10 +129,7 @@ class Contest:
             if wrong:
                 raise WrongResults(f"{self.case}: {contestant.name}: {wrong}") if ours else Absent(f"wrong: {wrong}")
             entry.host_seconds = host_seconds(entry.step) if self._on_device else None
-            run = self.timed(entry)
-            start = time.perf_counter()
-            run()
-            entry.seconds = time.perf_counter() - start
+            entry.seconds = seconds(self.timed(entry))
             entry.times.clear()
             entry.peak_bytes, entry.flops = peak_and_flops(entry.step, self.case.device)
         except Exception as error:
@@ -170,10 +167,10 @@ class Contest:
         entry = self.entries[key]
         if entry.reason:
             return entry.reason
-        device, once = self.case.device, self.case.passes == 1
-        fewest, most = (1, 3) if self.case.quick else ONCE if once else ROUNDS[device]
+        device = self.case.device
+        fewest, most = (1, 3) if self.case.quick else ROUNDS[device]
         rounds = max(fewest, min(most, int(SECONDS[device] / max(entry.seconds, 1e-6))))
-        warm_up = int(device == "cuda" or once or entry.seconds < LONG)
+        warm_up = int(device == "cuda" or entry.seconds < LONG)
         before = len(entry.times)
         benchmark.pedantic(self.timed(entry), rounds=rounds, warmup_rounds=warm_up)
         if self._on_device:
@@ -265,14 +262,18 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def host_seconds(step: Step) -> float:
     """What the host takes to issue a step, its device idle before."""
     spans = []
     for _ in range(3):
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        spans.append(time.perf_counter() - start)
+        spans.append(seconds(step))
     return min(spans)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..gpus import Gpu
-from ..rows import OURS, Row
+from ..rows import OURS
 from .harness import Case
 
 PRODUCT = 790e12  # FLOP/s of a bf16 matrix product, measured on one H200
@@ -128,18 +128,6 @@ def milliseconds(cost: Cost, case: Case) -> float:
     return 1e3 * (cost.products * 2 * logits * (case.H or 0) / PRODUCT + cost.bytes * logits / COPY)
 
 
-def rows(case: Case) -> list[Row]:
-    """Of each contestant whose cost is known, as much of a row as the arithmetic gives."""
-    return [
-        {
-            "op": case.op,
-            "variant": case.variant,
-            "dtype": case.precision,
-            "contestant": name,
-            "config": {},
-            "predicted": cost._asdict(),
-            "median_ms": milliseconds(cost, case),
-            **{size: getattr(case, size) for size in ("N", "H", "V", "B", "T")},
-        }
-        for name, cost in COSTS.get((case.op, case.variant), {}).items()
-    ]
+def times(case: Case) -> dict[str, float]:
+    """Milliseconds of each contestant whose cost is known."""
+    return {name: milliseconds(cost, case) for name, cost in COSTS.get((case.op, case.variant), {}).items()}

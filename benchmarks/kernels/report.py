@@ -7,8 +7,9 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -120,102 +121,61 @@ def fit(x: list[float], y: list[float]) -> Exponent:
 
 def plot(rows: list[Row], folder: Path) -> list[Path]:
     """One picture for each op and device: a line of panels for each variant and dtype, time and peak memory."""
+    plt, files = pyplot(), []
+    for (op, kind, _), found in cases(newest(rows), "op", "kind", "device").items():
+        timed = [row for row in found if row["median_ms"] is not None]
+        panels = cases(timed, "variant", "dtype")
+        names = sorted({row["contestant"] for row in timed}, key=lambda name: (not name.startswith(OURS), name))
+        if op == SCALING:
+            panels = {key: panel for key, panel in panels.items() if exponents(panel)}
+            draw, keys, width, height = _growth, "", 12, 2.4
+        elif any(len({row["N"] for row in panel}) > 1 for panel in panels.values()):
+            draw, keys, width, height = _curves, "HV", 9, 2.6
+        else:
+            draw, keys, width, height = _bars, "NHVBT", 9, 0.7 + 0.24 * len(names)
+        if not panels:
+            continue
+        figure, axes = plt.subplots(
+            len(panels), 2, figsize=(width, height * len(panels) + 0.5), squeeze=False, layout="constrained"
+        )
+        for line, ((variant, dtype), panel) in zip(axes, panels.items(), strict=True):
+            line[0].set_title(f"{variant}, {dtype}", loc="left", fontweight="bold")
+            line[1].set_title(" / ".join({size(row, keys) for row in panel}), loc="right")
+            draw(line[0], panel, names, "median_ms", 1, "time, ms")
+            draw(line[1], panel, names, "peak_bytes", 1e-6, "peak extra memory, MB")
+            if draw is _bars:
+                line[1].set_yticklabels([])
+        if draw is _curves:
+            handles, labels = axes[0][0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        last = max(timed, key=lambda row: row["date"])  # what, where, when, and that it was measured
+        threads = f", {last['threads']} threads" if last["kind"] == "cpu" else ""
+        where = f"measured on {last['device']}{threads}, torch {last['versions']['torch']}, {last['date'][:10]}"
+        figure.suptitle(f"{'growth' if op == SCALING else op}: {where}", x=0.01, ha="left", fontsize=10)
+        files.append(folder / f"{op}-{kind}.png")
+        save(figure, files[-1])
+    return files
+
+
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot
 
-    plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
-    files = _plot_growth([row for row in rows if row["op"] == SCALING], folder, plt)
-    others = [row for row in rows if row["op"] != SCALING]
-    for (op, kind, _), found in cases(newest(others), "op", "kind", "device").items():
-        timed = [row for row in found if row["median_ms"] is not None]
-        if not timed:
-            continue
-        names = sorted({row["contestant"] for row in timed}, key=lambda name: (not name.startswith(OURS), name))
-        panels = cases(timed, "variant", "dtype")
-        many = any(len({row["N"] for row in panel}) > 1 for panel in panels.values())
-        height = 2.6 if many else 0.7 + 0.24 * len(names)
-        figure, axes = plt.subplots(
-            len(panels), 2, figsize=(9, height * len(panels) + 0.5), squeeze=False, layout="constrained"
-        )
-        for line, ((variant, dtype), panel) in zip(axes, panels.items(), strict=True):
-            shape = {size(row, "HV" if many else "NHVBT") for row in panel}
-            line[0].set_title(f"{variant}, {dtype}", loc="left", fontweight="bold")
-            line[1].set_title(" / ".join(shape), loc="right")
-            for axis, key, unit, scale in zip(
-                line, ("median_ms", "peak_bytes"), ("time, ms", "peak extra memory, MB"), (1, 1e-6), strict=True
-            ):
-                (_curves if many else _bars)(axis, panel, names, key, scale)
-                (axis.set_ylabel if many else axis.set_xlabel)(unit)
-            if not many:
-                line[1].set_yticklabels([])
-        if many:
-            handles, labels = axes[0][0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-        _title(figure, op, timed)
-        folder.mkdir(parents=True, exist_ok=True)
-        files.append(folder / f"{op}-{kind}.png")
-        _save(figure, files[-1], plt)
-    return files
+    pyplot.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
+    return pyplot
 
 
-def _save(figure, file: Path, plt) -> None:
+def save(figure: Any, file: Path) -> None:
     from PIL import Image
 
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
-    plt.close(figure)
+    pyplot().close(figure)
     with Image.open(file) as picture:  # a palette makes the file a third as large
         smaller = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
     smaller.save(file, optimize=True)
-
-
-def _plot_growth(rows: list[Row], folder: Path, plt) -> list[Path]:
-    """A line of panels for each scaling variant, time and memory; the legend has the exponents."""
-    files = []
-    for (kind, _), own in cases(rows, "kind", "device").items():
-        variants = defaultdict(list)
-        for growth in exponents(own):
-            variants[growth.variant].append(growth)
-        if not variants:
-            continue
-        figure, axes = plt.subplots(
-            len(variants), 2, figsize=(12, 2.4 * len(variants) + 0.4), squeeze=False, layout="constrained"
-        )
-        for line, (variant, grown) in zip(axes, variants.items(), strict=True):
-            size = growing(variant)
-            line[0].set_title(variant, loc="left", fontweight="bold")
-            for panel, key, unit, scale in zip(
-                line, ("median_ms", "peak_bytes"), ("time, ms", "peak extra memory, MB"), (1, 1e-6), strict=True
-            ):
-                colours = iter(OTHERS)
-                for i, growth in enumerate(sorted(grown, key=lambda growth: growth.contestant != OURS)):
-                    exponent = growth.time if key == "median_ms" else growth.memory
-                    ours = growth.contestant == OURS
-                    panel.plot(
-                        [row[size] for row in growth.rows], [row[key] * scale for row in growth.rows],
-                        color=OWN[0] if ours else next(colours), marker=MARKERS[i % len(MARKERS)],
-                        label=f"{growth.contestant}\n∝ {size}^{exponent.text()}",
-                        linewidth=2.6 if ours else 1.2,
-                    )  # fmt: skip
-                panel.set_ylabel(unit)
-                _logarithmic(panel, size, {row[size] for growth in grown for row in growth.rows})
-                panel.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02))
-        used = [row for grown in variants.values() for growth in grown for row in growth.rows]
-        _title(figure, "growth", used)
-        folder.mkdir(parents=True, exist_ok=True)
-        files.append(folder / f"{SCALING}-{kind}.png")
-        _save(figure, files[-1], plt)
-    return files
-
-
-def _title(figure, op: str, rows: list[Row]) -> None:
-    """What, where, when, and that it was measured, above all panels."""
-    last = max(rows, key=lambda row: row["date"])
-    threads = f", {last['threads']} threads" if last["kind"] == "cpu" else ""
-    torch = last["versions"]["torch"]
-    words = f"{op}: measured on {last['device']}{threads}, torch {torch}, {last['date'][:10]}"
-    figure.suptitle(words, x=0.01, ha="left", fontsize=10)
 
 
 def _logarithmic(axis, size: str, values: Iterable[int]) -> None:
@@ -229,23 +189,41 @@ def _logarithmic(axis, size: str, values: Iterable[int]) -> None:
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
 
 
-def _curves(axis, panel: list[Row], names: list[str], key: str, scale: float) -> None:
-    own, others = iter(OWN), iter(OTHERS)
-    for i, name in enumerate(names):
+def _growth(axis: Any, panel: list[Row], _: list[str], key: str, scale: float, unit: str) -> None:
+    """A line for each contestant; the legend has the exponents."""
+    grown = sorted(exponents(panel), key=lambda growth: growth.contestant != OURS)
+    varying = growing(panel[0]["variant"])
+    for growth, style in zip(grown, _styles([growth.contestant for growth in grown]), strict=True):
+        exponent = growth.time if key == "median_ms" else growth.memory
+        _line(axis, growth.rows, varying, key, scale, style, f"{growth.contestant}\n∝ {varying}^{exponent.text()}")
+    axis.set_ylabel(unit)
+    _logarithmic(axis, varying, {row[varying] for growth in grown for row in growth.rows})
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+
+
+def _curves(axis: Any, panel: list[Row], names: list[str], key: str, scale: float, unit: str) -> None:
+    for name, style in zip(names, _styles(names), strict=True):
         rows = sorted((row for row in panel if row["contestant"] == name), key=lambda row: row["N"])
-        axis.plot(
-            [row["N"] for row in rows],
-            [row[key] * scale for row in rows],
-            color=next(own if name.startswith(OURS) else others),
-            marker=MARKERS[i % len(MARKERS)],
-            label=name,
-            linewidth=2.6 if name.startswith(OURS) else 1.2,
-            zorder=3 if name.startswith(OURS) else 2,
-        )
+        _line(axis, rows, "N", key, scale, style, name)
+    axis.set_ylabel(unit)
     _logarithmic(axis, "rows N", {row["N"] for row in panel})
 
 
-def _bars(axis, panel: list[Row], names: list[str], key: str, scale: float) -> None:
+def _styles(names: list[str]) -> list[dict[str, Any]]:
+    own, others = iter(OWN), iter(OTHERS)
+    return [
+        {"color": next(own), "marker": marker, "linewidth": 2.6, "zorder": 3}
+        if name.startswith(OURS)
+        else {"color": next(others), "marker": marker, "linewidth": 1.2, "zorder": 2}
+        for name, marker in zip(names, cycle(MARKERS), strict=False)
+    ]
+
+
+def _line(axis: Any, rows: list[Row], x: str, y: str, scale: float, style: dict[str, Any], label: str) -> None:
+    axis.plot([row[x] for row in rows], [row[y] * scale for row in rows], label=label, **style)
+
+
+def _bars(axis: Any, panel: list[Row], names: list[str], key: str, scale: float, unit: str) -> None:
     rows = {row["contestant"]: row for row in panel}
     shown = [name for name in reversed(names) if name in rows]
     values = [rows[name][key] * scale for name in shown]
@@ -257,6 +235,7 @@ def _bars(axis, panel: list[Row], names: list[str], key: str, scale: float) -> N
         )  # fmt: skip
     axis.margins(x=0.15)
     axis.grid(axis="y", visible=False)
+    axis.set_xlabel(unit)
 
 
 if __name__ == "__main__":

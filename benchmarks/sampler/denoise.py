@@ -7,6 +7,7 @@ of the class "same sampler", which differ by numerics only. Fewer steps, or guid
 from __future__ import annotations
 
 import gc
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -43,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 TINY = "tiny"  # the model of a CPU
 KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}  # of PyTorch's own attention
+PAIRS, MOST = 5, 10  # visits to each contestant, the fewest that an interval takes; loops of a visit at most
 SLACK = 2  # our error may be so many times that of diffusers in the same dtype
 WRONG = 0.5  # a relative error that no rounding explains
 
@@ -56,7 +58,7 @@ class Case(harness.Case):
 
     @property
     def passes(self) -> int:
-        return 1  # each contestant has the device's memory for itself, so it comes but once
+        return 1  # a contestant comes but once, for all its visits
 
     @property
     def steps(self) -> int:
@@ -249,7 +251,10 @@ def to_fp8(model: Any) -> Any:
 
 
 class Contest(harness.Contest):
-    """Of contestants that do not fit the device's memory together: each is built, judged, timed and dropped in turn."""
+    """Of contestants that do not fit the device's memory together: the first, ours, stays; the others come in turn.
+
+    Each is built, judged, visited by turns with ours and dropped: its visits are paired with those of ours beside it.
+    """
 
     alone = False
 
@@ -258,6 +263,7 @@ class Contest(harness.Contest):
         self.case: Case = case
         self.inputs, self.failure, self.launches = op.inputs(case), None, {}
         self.entries = {str(c): Entry(c) for c in op.contestants(case)}
+        self.own = next(iter(self.entries))
         try:
             self.truth = op.truth(case, self.inputs)
             self._drop()
@@ -273,26 +279,44 @@ class Contest(harness.Contest):
         return (SLACK * self.error, 0.0) if ours else (WRONG, 0.0)
 
     def time(self, key: str, benchmark: Any) -> str | None:
+        """All visits to a contestant, each beside one to ours."""
         if self.failure:
             raise self.failure
-        entry, gpu = self.entries[key], self.case.device == "cuda"
+        entry, own, gpu = self.entries[key], self.entries[self.own], self.case.device == "cuda"
+        if key != self.own and own.reason and not entry.reason:
+            entry.reason = f"ours, to stand beside, has no speed: {own.reason}"
         before = torch.cuda.memory_reserved() if gpu else 0
         try:
-            if not entry.reason:
-                entry = self.entries[key] = self._admit(entry.contestant, self.truth)
+            if entry.reason:
+                return entry.reason
+            entry = self.entries[key] = self._admit(entry.contestant, self.truth)
             if entry.step and gpu:
                 entry.peak_bytes = peak_reserved(entry.step) - before
                 self.launches[key] = launches(entry.step) // self.case.steps
-            return super().time(key, benchmark)
+            if entry.step:
+                benchmark.pedantic(lambda: self._visit(entry), rounds=2 if self.case.quick else PAIRS)
         except WrongResults as error:
             self.failure = error
             raise
         except Exception as error:
             entry.reason = explain(error)
-            return entry.reason
+            for found in (entry.times, entry.visits, entry.beside):
+                found.clear()
         finally:
-            entry.step = None
-            self._drop()
+            if key != self.own:
+                entry.step = None
+                self._drop()
+        return entry.reason
+
+    def _visit(self, entry: Entry) -> None:
+        """One to a contestant and one to ours, who is first by turns; where that is the same, one."""
+        own = self.entries[self.own]
+        for each in [own] if entry is own else [own, entry] if len(entry.visits) % 2 else [entry, own]:
+            rounds = min(MOST, max(1, int(harness.SECONDS[self.case.device] / max(each.seconds, 1e-6))))
+            times = [harness.seconds(self.timed(each)) for _ in range(rounds)]
+            each.times += times
+            each.visits.append(statistics.median(times))
+        entry.beside.append(own.visits[-1])
 
     def _drop(self) -> None:
         torch._dynamo.reset()
@@ -300,14 +324,13 @@ class Contest(harness.Contest):
         if self.case.device == "cuda":
             torch.cuda.empty_cache()
 
-    def rows(self, environment: Row) -> list[Row]:
-        return [] if self.failure else super().rows(environment)
-
     def _row(self, entry: Entry) -> Row:
         case, row = self.case, super()._row(entry)
         loop_ms, peak = row["median_ms"], peak_flops(case.device)
         flops = self.flops * case.steps
         return row | {
+            "visits_ms": row["visits_ms"][: len(entry.beside)],  # ours is visited beside all others, too
+            "beside_ms": [1e3 * t for t in entry.beside],
             "class": CLASS,
             "model": case.model,
             "pixels": case.pixels,

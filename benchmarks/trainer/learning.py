@@ -1,14 +1,16 @@
-"""Reward against time: stage 2 of the tiny preset as it is, and as one would write it first; same loss, seeds and data.
+"""Reward against time: stage 2 of the tiny preset as it is and in two plainer ways; same loss, seeds, data, decoder.
 
-    python -m benchmarks.trainer.learning                   # two ways, three seeds, 80 s of training each: 10 minutes
+    python -m benchmarks.trainer.learning                   # three ways, three seeds, 80 s of training each: 15 minutes
     python -m benchmarks.trainer.learning --plot            # the plot again, from the rows
 
 A run ends after so many seconds of training; held-out rewards are measured beside that clock, every ten seconds of it.
 Its row is appended to results/trainer-learning-cpu.jsonl when it ends: a command that was stopped goes on with the runs
 that are missing for this commit. Lines are means over seeds, thin lines the seeds.
 
-The naive way writes captions and draws images one at a time, starts each drawing from noise of its own, and puts every
-caption in a row of its own behind its prompt. So it differs by speed, and by the decoder's variance in its advantages.
+Both other ways start each drawing from a noise of its own, which puts the decoder's variance into the advantages, and
+the update has a row for every caption behind a copy of its prompt. One of them is plain practice, as in a trainer of
+TRL's kind: transformers' `generate` writes all captions in one batch, prompts repeated, and they are drawn in one
+batch. The other writes and draws them one at a time. Loss, optimiser and decoder are ours in all three.
 """
 
 from __future__ import annotations
@@ -18,13 +20,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -33,20 +34,16 @@ from torch.nn.functional import pad
 
 from uae_fast.config import Config
 from uae_fast.data import ImageFolder
-from uae_fast.guards import StopRequest
-from uae_fast.optim import RunningMean, build_optimizer, warm_up
 from uae_fast.rollout.captions import Captions, sample_captions
 from uae_fast.rollout.renders import draw
-from uae_fast.run import Position
 from uae_fast.seeds import derive_seed
 from uae_fast.stages import generation_for_understanding as stage2
-from uae_fast.trainer import take_step
 
+from ..kernels import report
 from ..rows import OURS, RESULTS, Row, append, environment, read
-from .worlds import prepare, small_world, tiny_config
+from .worlds import Steps, small_world, tiny_config
 
 OP = "trainer-learning"
-FAST, NAIVE = f"{OURS}, uae-fast train", "one caption at a time, own noise, no shared prefix"
 SEEDS, SECONDS = (0, 1, 2), 80.0
 EVERY = 10.0  # seconds of training between measurements
 HELDOUT = 128
@@ -68,19 +65,39 @@ def one_by_one(encoder: Any, prompt: Any, seeds: Sequence[int], **options: Any) 
     return Captions(torch.cat(ids), torch.cat(masks), texts, torch.cat(logprobs))
 
 
+def from_own_noise(config: Config, models: Any, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    """`draw`, each caption from a noise of its own."""
+    return draw(config, models, captions, [derive_seed("own", seed, i) for i, seed in enumerate(seeds)])
+
+
 def drawn_alone(config: Config, models: Any, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
-    """`draw`, a caption at a time, each from a noise of its own."""
-    alone = replace(config, render=replace(config.render, batch=1))
-    own = [derive_seed("own", seed, i) for i, seed in enumerate(seeds)]
-    return torch.cat([draw(alone, models, [text], [seed]) for text, seed in zip(captions, own, strict=True)])
+    """The same, a caption at a time."""
+    return from_own_noise(replace(config, render=replace(config.render, batch=1)), models, captions, seeds)
 
 
-def naively() -> AbstractContextManager:
-    """Within, stage 2's rollout is the naive one."""
-    stack = ExitStack()
-    stack.enter_context(mock.patch.object(stage2, "sample_captions", one_by_one))
-    stack.enter_context(mock.patch.object(stage2, "draw", drawn_alone))
-    return stack
+class Way(NamedTuple):
+    """Of training stage 2: settings, and what stands in for functions that the stage calls."""
+
+    settings: tuple[str, ...]
+    functions: dict[str, Callable]
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, function in self.functions.items():
+                stack.enter_context(mock.patch.object(stage2, name, function))
+            yield
+
+
+FAST = f"{OURS}, uae-fast train"
+BATCHED = "one batch by transformers' generate, own noise, no shared prefix"
+NAIVE = "one caption at a time, own noise, no shared prefix"
+ROWS = "stage2.shared_prefix=false"
+WAYS = {
+    FAST: Way((), {}),
+    BATCHED: Way((ROWS, "caption.engine=generate"), {"draw": from_own_noise}),
+    NAIVE: Way((ROWS,), {"draw": drawn_alone, "sample_captions": one_by_one}),
+}
 
 
 @torch.no_grad()
@@ -103,29 +120,25 @@ def heldout_reward(config: Config, models: Any, data: ImageFolder) -> float:
 
 def learn(world: Path, contestant: str, seed: int, seconds: float, every: float = EVERY) -> Row:
     """A run of one way with one seed: seconds of training and held-out rewards, and every step's own reward."""
-    naive = contestant == NAIVE
-    config = tiny_config(world, f"seed={seed}", "device=cpu", *(["stage2.shared_prefix=false"] if naive else []))
-    ready = prepare(2, config)
-    stage, heldout = ready.stage, ImageFolder(config.data.heldout, "data.heldout")
-    optimizer, mean = build_optimizer(stage.groups(), config.optimizer), RunningMean(ready.parameters, 0.0)
-    run: Any = SimpleNamespace(config=config, models=stage.models, stop=StopRequest(), position=Position())
-    curve, steps = [(0.0, heldout_reward(config, stage.models, heldout))], []
-    trained, step = 0.0, 0
+    way = WAYS[contestant]
+    config = tiny_config(world, f"seed={seed}", "device=cpu", *way.settings)
+    steps, heldout = Steps(2, config), ImageFolder(config.data.heldout, "data.heldout")
+    stage = steps.stage
+    curve, training = [(0.0, heldout_reward(config, stage.models, heldout))], []
+    trained = 0.0
     while trained < seconds:
         began = time.monotonic()
-        with naively() if naive else ExitStack():
-            examples = ready.data.batch(step, stage.settings.images, config.seed, stage.name)
-            warm_up(optimizer, step, config.optimizer.warmup_steps)
-            values, bad = take_step(stage, examples, step, optimizer, mean, run)
+        with way.taken():
+            values, bad = steps.take(steps.examples())
         if bad:
-            raise SystemExit(f"{contestant}, seed {seed}, step {step}: not finite: {', '.join(bad)}")
-        trained, step = trained + time.monotonic() - began, step + 1
-        steps.append((trained, values["reward"]))
+            raise SystemExit(f"{contestant}, seed {seed}, step {steps.step}: not finite: {', '.join(bad)}")
+        trained += time.monotonic() - began
+        training.append((trained, values["reward"]))
         if trained - curve[-1][0] >= every or trained >= seconds:
             curve.append((trained, heldout_reward(config, stage.models, heldout)))
     return {
-        "op": OP, "contestant": contestant, "seed": seed, "budget_s": seconds, "steps": step,
-        "heldout": curve, "training": steps, "images": stage.settings.images, "group_size": stage.settings.group_size,
+        "op": OP, "contestant": contestant, "seed": seed, "budget_s": seconds, "steps": steps.step, "heldout": curve,
+        "training": training, "images": stage.settings.images, "group_size": stage.settings.group_size,
     }  # fmt: skip
 
 
@@ -133,9 +146,9 @@ CIRCUMSTANCES = ("budget_s", "commit", "dirty", "device", "threads")  # runs are
 
 
 def missing(rows: Sequence[Row], seeds: Sequence[int], here: Row) -> list[tuple[str, int]]:
-    """The runs that no row of these circumstances has yet, a seed of both ways after another."""
+    """The runs that no row of these circumstances has yet, a seed of all ways after another."""
     done = {(row["contestant"], row["seed"]) for row in rows if alike(row, here)}
-    return [(name, seed) for seed in seeds for name in (FAST, NAIVE) if (name, seed) not in done]
+    return [(name, seed) for seed in seeds for name in WAYS if (name, seed) not in done]
 
 
 def alike(row: Row, other: Row) -> bool:
@@ -143,12 +156,16 @@ def alike(row: Row, other: Row) -> bool:
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the last circumstances under which the same seeds have run both ways; none where there are none."""
+    """The rows of the last circumstances under which seeds have run our way and another, as far as they have run all.
+
+    None where there are none.
+    """
     for last in reversed(rows):
         runs = {(r["contestant"], r["seed"]): r for r in rows if alike(r, last)}
-        both = {seed for _, seed in runs if {(FAST, seed), (NAIVE, seed)} <= runs.keys()}
-        if both:
-            return [row for (_, seed), row in runs.items() if seed in both]
+        seeds = [{seed for other, seed in runs if other == name} for name in {name for name, _ in runs}]
+        shared = set.intersection(*seeds)
+        if len(seeds) > 1 and (FAST, min(shared, default=None)) in runs:
+            return [row for (_, seed), row in runs.items() if seed in shared]
     return []
 
 
@@ -172,13 +189,8 @@ def at(curve: Sequence[tuple[float, float]], seconds: float) -> float:
 
 def plot(rows: Sequence[Row], file: Path) -> None:
     """Held-out reward against seconds of training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, color in ((FAST, "C0"), (NAIVE, "C1")):
+    figure, axis = report.pyplot().subplots(figsize=(7, 4), layout="constrained")
+    for name, color in zip(WAYS, ("C0", "C2", "C1"), strict=True):
         curves = [row["heldout"] for row in rows if row["contestant"] == name]
         for curve in curves:
             axis.plot(*zip(*curve, strict=True), color=color, linewidth=0.6, alpha=0.5)
@@ -191,9 +203,8 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     axis.set_xlabel("seconds of training")
     axis.set_ylabel("reward, held-out images")
     axis.set_title(f"Stage 2, tiny preset, {rows[0]['device']}, {rows[0]['threads']} threads, measured", fontsize=10)
-    axis.legend(loc="lower right", fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+    report.save(figure, file)
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 
 from uae_fast.config import Config, load_config
 from uae_fast.data import Example, ImageFolder
+from uae_fast.guards import StopRequest
 from uae_fast.models.loading import load_models
+from uae_fast.optim import RunningMean, build_optimizer, warm_up
+from uae_fast.run import Position
 from uae_fast.tiny.export import export
-from uae_fast.trainer import STAGES
+from uae_fast.trainer import STAGES, take_step
 
 
 @dataclass
@@ -71,6 +75,32 @@ def prepare(number: int, config: Config, data: ImageFolder | None = None) -> Pre
     stage = STAGES[number](config, models)
     parameters = [parameter for group in stage.groups() for parameter in group["params"]]
     return Prepared(stage, parameters, data, data.batch(0, stage.settings.images, config.seed, stage.name))
+
+
+class Steps:
+    """A stage's steps one after another, as `uae-fast train` takes them: data by hand, then all the rest."""
+
+    def __init__(self, number: int, config: Config):
+        ready = prepare(number, config)
+        self.stage, self.data, self.config, self.step = ready.stage, ready.data, config, 0
+        groups = self.stage.groups()
+        self.stage.models.bring(self.stage.trains)
+        self.optimizer = build_optimizer(groups, config.optimizer)
+        self.mean = RunningMean(ready.parameters, getattr(self.stage.settings, "ema_decay", 0.0))
+        self.run: Any = SimpleNamespace(
+            config=config, models=self.stage.models, stop=StopRequest(), position=Position(), data=self.data
+        )
+
+    def examples(self) -> Sequence[Example]:
+        """Of the next step."""
+        return self.data.batch(self.step, self.stage.settings.images, self.config.seed, self.stage.name)
+
+    def take(self, examples: Sequence[Example]) -> tuple[dict[str, float], dict[str, str]]:
+        """The next step's metrics, and what is not finite."""
+        warm_up(self.optimizer, self.step, self.config.optimizer.warmup_steps)
+        found = take_step(self.stage, examples, self.step, self.optimizer, self.mean, self.run)
+        self.step += 1
+        return found
 
 
 def gradients(stage: Any, rollout: Any, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:

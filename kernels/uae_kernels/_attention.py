@@ -19,6 +19,13 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
+    def options(self, width: int) -> dict[str, int]:
+        """What a launch takes of them, with the channels of a head and of its tile: a power of two, 16 at least."""
+        return dict(
+            WIDTH=width, DEPTH=depth_of(width), ROWS=self.rows, COLUMNS=self.columns, num_warps=self.warps,
+            num_stages=self.stages,
+        )  # fmt: skip
+
 
 class Plan(NamedTuple):
     forward: Tiles  # a program owns queries
@@ -54,7 +61,6 @@ def plan_for(tensor: Tensor, width: int, shared: bool = False) -> Plan:
 
 
 def depth_of(width: int) -> int:
-    """The channels of a head as a tile has them: a power of two, 16 at least."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -73,6 +79,11 @@ def unsupported(tensor: Tensor, width: int) -> str | None:
 def rows_of(x: Tensor) -> Tensor:
     """x itself where a head's channels lie side by side, as the kernels read them, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Of each between rows of the batch, tokens and heads."""
+    return [x.stride(dim) for x in tensors for dim in range(3)]
 
 
 @jit()
@@ -107,36 +118,24 @@ def attend(
 ):  # fmt: skip
     """Adds `size` keys, COLUMNS at a time, to Σ p·v, Σ p and the largest score, p = 2^(score − largest).
 
-    score = scale·q·k. Every row sees the first `full` keys, whole blocks; of the others those below its `limit`.
+    score = scale·q·k. Every row sees the first `full` keys, whole blocks; of the others those below its `limit`: these
+    are few, and a pipeline for them would only take registers.
     """
-    total, mass, top = _attend(
-        q, k, v, total, mass, top, 0, full, size, limit, k_stride, v_stride, scale, False, WIDTH, DEPTH, ROWS, COLUMNS
-    )
-    return _attend(
-        q, k, v, total, mass, top, full, size, size, limit, k_stride, v_stride, scale, True, WIDTH, DEPTH, ROWS, COLUMNS
-    )
-
-
-@jit()
-def _attend(
-    q, k, v, total, mass, top, start, stop, size, limit, k_stride, v_stride, scale,
-    MASKED: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Keys start … stop; MASKED blocks are few: a pipeline for them would only take registers."""
-    for first in tl.range(start, stop, COLUMNS, num_stages=1 if MASKED else None):
-        j = first + tl.arange(0, COLUMNS)
-        inside = j < size if MASKED else None
-        keys = load_rows(k, j.to(tl.int64) * k_stride, inside, WIDTH, DEPTH)
-        s = dot(q, tl.trans(keys), tl.zeros((ROWS, COLUMNS), tl.float32))
-        if MASKED:
-            s = tl.where(j[None, :] < limit, s, -float("inf"))
-        peak = tl.maximum(top, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - peak[:, None])
-        shrink = tl.exp2(top - peak)
-        mass = mass * shrink + tl.sum(p, 1)
-        values = load_rows(v, j.to(tl.int64) * v_stride, inside, WIDTH, DEPTH)
-        total = dot(narrow(p, values.dtype), values, total * shrink[:, None])
-        top = peak
+    for masked in tl.static_range(2):
+        for first in tl.range(full * masked, size if masked else full, COLUMNS, num_stages=1 if masked else None):
+            j = first + tl.arange(0, COLUMNS)
+            inside = j < size if masked else None
+            keys = load_rows(k, j.to(tl.int64) * k_stride, inside, WIDTH, DEPTH)
+            s = dot(q, tl.trans(keys), tl.zeros((ROWS, COLUMNS), tl.float32))
+            if masked:
+                s = tl.where(j[None, :] < limit, s, -float("inf"))
+            peak = tl.maximum(top, tl.max(s, 1) * scale)
+            p = tl.exp2(s * scale - peak[:, None])
+            shrink = tl.exp2(top - peak)
+            mass = mass * shrink + tl.sum(p, 1)
+            values = load_rows(v, j.to(tl.int64) * v_stride, inside, WIDTH, DEPTH)
+            total = dot(narrow(p, values.dtype), values, total * shrink[:, None])
+            top = peak
     return total, mass, top
 
 
@@ -146,32 +145,18 @@ def query_gradient(
     WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Adds `size` keys to Σ ds·k, ds = p·(g·v − delta), p = 2^(score − lse); otherwise as `attend`."""
-    total = _query_gradient(
-        q, g, lse, delta, k, v, total, 0, full, size, limit, k_stride, v_stride, scale, False, WIDTH, DEPTH, ROWS,
-        COLUMNS,
-    )  # fmt: skip
-    return _query_gradient(
-        q, g, lse, delta, k, v, total, full, size, size, limit, k_stride, v_stride, scale, True, WIDTH, DEPTH, ROWS,
-        COLUMNS,
-    )  # fmt: skip
-
-
-@jit()
-def _query_gradient(
-    q, g, lse, delta, k, v, total, start, stop, size, limit, k_stride, v_stride, scale,
-    MASKED: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    for first in tl.range(start, stop, COLUMNS, num_stages=1 if MASKED else None):
-        j = first + tl.arange(0, COLUMNS)
-        inside = j < size if MASKED else None
-        keys = load_rows(k, j.to(tl.int64) * k_stride, inside, WIDTH, DEPTH)
-        s = dot(q, tl.trans(keys), tl.zeros((ROWS, COLUMNS), tl.float32))
-        p = tl.exp2(s * scale - lse[:, None])
-        if MASKED:
-            p = tl.where(j[None, :] < limit, p, 0.0)
-        values = load_rows(v, j.to(tl.int64) * v_stride, inside, WIDTH, DEPTH)
-        ds = p * (dot(g, tl.trans(values), tl.zeros((ROWS, COLUMNS), tl.float32)) - delta[:, None])
-        total = dot(narrow(ds, keys.dtype), keys, total)
+    for masked in tl.static_range(2):
+        for first in tl.range(full * masked, size if masked else full, COLUMNS, num_stages=1 if masked else None):
+            j = first + tl.arange(0, COLUMNS)
+            inside = j < size if masked else None
+            keys = load_rows(k, j.to(tl.int64) * k_stride, inside, WIDTH, DEPTH)
+            s = dot(q, tl.trans(keys), tl.zeros((ROWS, COLUMNS), tl.float32))
+            p = tl.exp2(s * scale - lse[:, None])
+            if masked:
+                p = tl.where(j[None, :] < limit, p, 0.0)
+            values = load_rows(v, j.to(tl.int64) * v_stride, inside, WIDTH, DEPTH)
+            ds = p * (dot(g, tl.trans(values), tl.zeros((ROWS, COLUMNS), tl.float32)) - delta[:, None])
+            total = dot(narrow(ds, keys.dtype), keys, total)
     return total
 
 

@@ -75,6 +75,18 @@ def direct(
     return call
 
 
+def schema(inputs: type) -> str:
+    """The fields of a NamedTuple as the arguments of a custom op."""
+    kinds: dict[Any, str] = {
+        Tensor | None: "Tensor?",
+        int | None: "SymInt?",
+        Tensor: "Tensor",
+        str: "str",
+        bool: "bool",
+    }
+    return ", ".join(f"{kinds[kind]} {name}" for name, kind in inputs.__annotations__.items())
+
+
 def pack_head(temperature: float, softcap: float | None, logit_scale: float) -> Tensor:
     """What turns h·Wᵀ into scores; no softcap is 0."""
     return pack(temperature, softcap or 0.0, logit_scale)
@@ -96,6 +108,12 @@ def pack(*numbers: float | None) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device="cpu")
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([one * value for value in values])
+
+
+# Of ops that read such numbers. A CUDA graph that torch.compile records around one would keep the numbers of its
+# recording, whatever is passed later: these ops are left out of it, and what lies between them is recorded. A PyTorch
+# that does not know the tag records nothing where a CPU tensor is used.
+UNRECORDED: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
 def unpack(packed: Tensor) -> list[Any]:
@@ -121,22 +139,6 @@ def number(value: float, like: Tensor) -> Tensor:
     return torch.ones((), dtype=like.dtype, device=like.device) * value
 
 
-def per_sample(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number, a 0-d tensor or a (B,) tensor as a (B,) tensor of `like`'s compute dtype on its device."""
-    rows, dtype = like.shape[:1], compute_dtype(like)
-    if not isinstance(value, Tensor):
-        return torch.ones(rows, dtype=dtype, device=like.device) * value
-    if value.dim() and value.shape != rows:
-        raise ValueError(f"expected a scalar or shape {tuple(rows)}, got {tuple(value.shape)}")
-    return value.to(like.device, dtype).expand(rows)
-
-
-def row_sum(x: Tensor) -> Tensor:
-    """(rows, n) -> (rows,) in an order that does not depend on the number of rows.
-
-    One long sum with a single result would be split over threads; sums of 1,024 never are.
-    """
-    rows, n = x.shape
-    if n % 1024:
-        x = torch.nn.functional.pad(x, (0, -n % 1024))
-    return x.reshape(rows, x.shape[1] // 1024, 1024).sum(-1).sum(-1)
+def clamped(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
+    """`x.clamp(low, high)`, but compiled once for all values of the bounds."""
+    return x.clamp(*(None if bound is None else number(bound, x) for bound in (low, high)))

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import compute_dtype, direct, per_sample, unpack
+from ._common import UNRECORDED, schema, unpack
 from ._triton import jit, launch, narrow, tl
-from .reference.flow_step import coefficients, guided
 
 BLOCK = 1024  # elements of a sample that a program handles at a time
 BLOCKS = 4  # times it does
@@ -296,20 +295,13 @@ class Step(NamedTuple):
     kind: str
     log_prob: str
     kl: str
-    triton: bool
 
     @property
     def numbers(self) -> Numbers:
         return Numbers(*unpack(self.packed))
 
-    def sigmas(self) -> list[Any]:
-        """Numbers or tensors."""
-        n = self.numbers
-        tensors = self.sigma, self.sigma_next, self.sigma_max
-        return [number if x is None else x for x, number in zip(tensors, n[:3], strict=True)]
-
     def empty(self, *shape: int) -> Tensor:
-        return self.sample.new_empty(shape, dtype=compute_dtype(self.velocity, self.sample))
+        return self.sample.new_empty(shape, dtype=torch.float32)
 
     def gradients(self, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
         """Memory for the gradients of velocity, velocity_uncond and sample; without elements where not needed."""
@@ -317,25 +309,14 @@ class Step(NamedTuple):
         return tuple(x.new_empty(x.shape) if x is not None and need else self.sample.new_empty(0) for x, need in given)
 
 
-SCHEMA = """
-    Tensor velocity, Tensor? velocity_uncond, Tensor sample, Tensor? next_sample, Tensor? ref_velocity,
-    Tensor? sigma, Tensor? sigma_next, Tensor? sigma_max, Tensor packed, str kind, str log_prob, str kl, bool triton
-"""
+SCHEMA = schema(Step)
 TENSORS, INPUTS = 9, len(Step._fields)
 
 
 def as_arguments(sample: Tensor, *sigmas: float | Tensor) -> tuple[list[Tensor | None], list[float | None]]:
     """σ's as the ops take them: each a tensor, 0-d or (B,), on the device of `sample`, or else a number."""
-    tensors: list[Tensor | None] = []
-    numbers: list[float | None] = []
-    for sigma in sigmas:
-        if isinstance(sigma, Tensor) and sigma.dim() and sigma.shape != sample.shape[:1]:
-            raise ValueError(
-                f"a σ must be a number or a tensor of shape () or ({len(sample)},), got {tuple(sigma.shape)}"
-            )
-        tensors.append(sigma.to(sample.device) if isinstance(sigma, Tensor) else None)
-        numbers.append(None if isinstance(sigma, Tensor) else sigma)
-    return tensors, numbers
+    tensors = [sigma.to(sample.device) if isinstance(sigma, Tensor) else None for sigma in sigmas]
+    return tensors, [None if isinstance(sigma, Tensor) else sigma for sigma in sigmas]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -402,80 +383,17 @@ def launch_forward(
             )  # fmt: skip
 
 
-def _backward_torch(
-    step: Step,
-    needs: tuple[bool, ...],
-    grad_mean: Tensor | None,
-    grad_next: Tensor | None,
-    grad_rows: Tensor | None,
-    grad: Tensor | None,
-    slopes: Tensor | None,
-    divisor: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """The kernel's steps on whole tensors."""
-    n, x, v_u = step.numbers, step.sample, step.velocity_uncond
-    dtype, size = compute_dtype(step.velocity, x), x.shape[1:].numel()
-
-    def column(y: Tensor) -> Tensor:
-        return y.to(dtype).view(-1, *[1] * (x.dim() - 1))
-
-    a, b, std, s = coefficients((column(per_sample(value, x)) for value in step.sigmas()), step.kind, n.noise_level)
-    d_mean = d_guided = None
-    if step.next_sample is not None and (grad is not None or grad_rows is not None):
-        of_row = torch.zeros_like(std) if grad_rows is None else column(grad_rows)
-        if grad is not None and divisor is not None:
-            of_row = of_row + grad / divisor
-        pull = of_row if slopes is None else of_row * column(slopes)
-        if step.log_prob == "cps":
-            pull = pull * (2 / size)
-        else:
-            exact = std == 0
-            pull = torch.where(exact, 0, pull / (size * torch.where(exact, 1, std).square()))
-        v = guided(step.velocity, v_u, n.guidance_scale, dtype)
-        mean = (v * b if v_u is None else v.mul_(b)).addcmul_(a, x.to(dtype))
-        d_mean = torch.sub(step.next_sample, mean, out=mean).mul_(pull)
-        if step.ref_velocity is not None and n.beta != 0:
-            g = 2 * n.beta / size * (1 if v_u is None else n.guidance_scale)
-            d = (step.velocity.to(dtype) - step.ref_velocity.to(dtype)).mul_(of_row * g)
-            if step.kl == "velocity":
-                d_guided = d
-            else:
-                width = std if step.kl == "gaussian" else s
-                exact = width == 0
-                d_mean.addcmul_(d, torch.where(exact, 0, b / (2 * torch.where(exact, 1, width).square())))
-    alone = d_mean is not None and sum(needs) == 1 and d_guided is None  # its memory becomes the result's
-    for y in (grad_mean, grad_next):
-        if y is not None:
-            alone = False
-            d_mean = y if d_mean is None else d_mean + y
-    if d_mean is None:
-        d_mean = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    guide = 1 if v_u is None else n.guidance_scale
-    grads = []
-    for like, need, factor in zip(step[:3], needs, (guide, 1 - guide, None), strict=True):
-        slope = a if factor is None else factor * b
-        if like is None or not need:
-            d = x.new_empty(0)
-        elif factor is None or d_guided is None:
-            d = d_mean.mul_(slope) if alone else d_mean * slope
-        else:
-            d = (d_mean * b).add_(d_guided).mul_(factor)
-        grads.append(d.to(x.dtype if like is None else like.dtype).contiguous())
-    return tuple(grads)
-
-
 @torch.library.custom_op(
     "uae_kernels::flow_step_backward",
     mutates_args=(),
     schema="(Tensor? grad_mean, Tensor? grad_next, Tensor? grad_rows, Tensor? grad, Tensor? slopes, Tensor? divisor, "
     f"{SCHEMA}, bool need_velocity, bool need_uncond, bool need_sample) -> (Tensor, Tensor, Tensor)",
+    **UNRECORDED,
 )
 def _backward(*inputs):
     """Gradients of velocity, velocity_uncond and sample; see `_backward_kernel`."""
     grad_mean, grad_next, grad_rows, grad, slopes, divisor = inputs[:6]
     step, needs = Step(*inputs[6:-3]), inputs[-3:]
-    if not step.triton:
-        return _backward_torch(step, needs, *inputs[:6])
     grads = step.gradients(needs)
     programs, first, others, options = _arguments(step, grad_mean, grad_next)
     launch(
@@ -490,6 +408,3 @@ def _backward(*inputs):
 @_backward.register_fake
 def _(*inputs):
     return Step(*inputs[6:-3]).gradients(inputs[-3:])
-
-
-_direct_backward = direct(_backward)

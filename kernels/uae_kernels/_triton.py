@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     import triton
@@ -24,8 +25,17 @@ def jit(*numbers: str) -> Callable[[Any], Any]:
 
 
 def launchable(tensor: Tensor) -> bool:
-    """Whether a kernel can run on this tensor: on a GPU, or on the CPU under TRITON_INTERPRET=1."""
-    return triton is not None and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
+    """Whether a kernel can run on this tensor: on a GPU or its stand-in, or on the CPU under TRITON_INTERPRET=1."""
+    on_a_cpu = INTERPRETED and tensor.device.type == "cpu"
+    return triton is not None and (tensor.is_cuda or on_a_cpu or stands_for(tensor) > 0)
+
+
+def stands_for(tensor: Tensor) -> int:
+    """The compute capability of the GPU that a tensor without memory stands for, 0 for none.
+
+    It is what the tensor's `FakeTensorMode` has as `capability`: PyTorch without CUDA has no fake tensors of a GPU.
+    """
+    return getattr(tensor.fake_mode, "capability", 0) if isinstance(tensor, FakeTensor) else 0
 
 
 def use_triton(op: str, impl: str, tensor: Tensor, unsupported: str | None = None) -> bool:
@@ -63,7 +73,7 @@ def fp64(*tensors: Tensor | None) -> str | None:
 def capability(tensor: Tensor) -> int:
     """The compute capability that tile sizes are chosen for, as 10·major + minor; 0 for the interpreter."""
     if not tensor.is_cuda:
-        return 0
+        return stands_for(tensor)
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
 

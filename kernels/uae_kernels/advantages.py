@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import compute_dtype, direct, pack, unpack
+from ._common import UNRECORDED, pack, schema, unpack
 from ._triton import fp64, jit, launch, tl, use_triton
-from .reference.advantages import _group_statistics, _statistics, check_arguments, weight_row
+from .reference.advantages import check_arguments, weight_row
 
 SAMPLES = 16  # a program serves these samples of one group
 OTHERS = {"size": 256, "ids": 32}  # against so many at a time, by how groups are given
@@ -195,7 +195,6 @@ class _Groups(NamedTuple):
     unbiased: bool
     leave_one_out: bool
     eps: float
-    triton: bool
 
     def launch(self, kernel: Any, rewards: Tensor, apart: bool, tensors: tuple[Tensor | None, ...], *numbers: float):
         batch, columns = rewards.shape
@@ -207,206 +206,114 @@ class _Groups(NamedTuple):
             OTHERS=OTHERS["size" if self.ids is None else "ids"], num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
 
-    def statistics(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _group_statistics(x, valid, self.size if self.ids is None else None, self.ids, self.unbiased)
+    def normalize(
+        self,
+        rewards: Tensor,
+        weights: Tensor | None = None,
+        *,
+        apart: bool = False,
+        muted: Tensor | None = None,
+        clip: float = math.inf,
+        missing: float = 0.0,
+        dtype: torch.dtype = torch.float64,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, R) -> A and "all equal in its group" (B, 1), or (B, R) for each column `apart`.
 
-    def sum(self, x: Tensor) -> Tensor:
-        """(B,) -> the sum over each sample's group (B,)."""
-        if self.ids is None:
-            return x.view(-1, self.size).sum(1).repeat_interleave(self.size)
-        return torch.where(self.ids[:, None] == self.ids[None, :], x[None, :], 0).sum(1)
-
-
-def _columns(rewards: Tensor, weights: Tensor | None, apart: bool) -> list[tuple[Tensor, Tensor]]:
-    """(B, R) -> x and which samples have one (B,): of Σ_k w_k·r_k, or `apart` of each r_k."""
-    valid = rewards.isfinite()
-    table = torch.where(valid, rewards.to(compute_dtype(rewards)), 0)
-    if apart:
-        return list(zip(table.unbind(1), valid.unbind(1), strict=True))
-    return [((table if weights is None else table * weights).sum(1), valid.any(1))]
-
-
-def _normalize(
-    groups: _Groups,
-    rewards: Tensor,
-    weights: Tensor | None = None,
-    *,
-    apart: bool = False,
-    muted: Tensor | None = None,
-    clip: float = math.inf,
-    missing: float = 0.0,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
-    """(B, R) -> A and "all equal in its group" (B, 1), or (B, R) for each column `apart`.
-
-    A sample without rewards gets `missing`, one that is `muted` (B, R) in every column 0. `dtype` is Triton's A's.
-    """
-    shape = rewards.shape if apart else rewards[:, :1].shape
-    constants = rewards.new_empty(shape, dtype=torch.bool)
-    if groups.triton:
-        out = rewards.new_empty(shape, dtype=dtype)
-        groups.launch(
-            _forward_kernel, rewards, apart, (rewards, weights, groups.ids, muted, out, constants), clip, missing
-        )
+        A sample without rewards gets `missing`, one that is `muted` (B, R) in every column 0.
+        """
+        out = rewards.new_empty(rewards.shape if apart else (len(rewards), 1), dtype=dtype)
+        constants = torch.empty_like(out, dtype=torch.bool)
+        tensors = rewards, weights, self.ids, muted, out, constants
+        self.launch(_forward_kernel, rewards, apart, tensors, clip, missing)
         return out, constants
-    out = rewards.new_empty(shape, dtype=compute_dtype(rewards))
-    for k, (x, valid) in enumerate(_columns(rewards, weights, apart)):
-        mean, std, count, constants[:, k] = groups.statistics(x, valid)
-        a = torch.where(constants[:, k], 0, x - mean)
-        if groups.leave_one_out:  # x_i − mean of the others = n/(n − 1)·(x_i − mean)
-            a = a * (count / (count - 1).clamp(min=1))
-        if groups.scale == "batch":
-            std = _statistics(x[None], valid[None], groups.unbiased)[1]
-        if groups.scale != "none":
-            a = a / (std + groups.eps)
-        out[:, k] = torch.where(valid, a.clamp(-clip, clip), missing)
-    return (out if muted is None else out.masked_fill_(muted.all(1, keepdim=True), 0)), constants
 
+    def backward(
+        self,
+        grad: Tensor,
+        advantages: Tensor,
+        rewards: Tensor,
+        weights: Tensor | None = None,
+        *,
+        apart: bool = False,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        """dL/dr (B, R) from h = dL/dA (B, 1), or (B, R) for columns `apart`.
 
-def _normalize_backward(
-    groups: _Groups,
-    grad: Tensor,
-    advantages: Tensor,
-    rewards: Tensor,
-    weights: Tensor | None = None,
-    *,
-    apart: bool = False,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """dL/dr (B, R) from h = dL/dA (B, 1), or (B, R) for columns `apart`.
-
-    dL/dx_j = c·(h_j − mean h)/(std + eps) − Σ_i h_i·A_i·(x_j − mean)/((n − 1)·std·(std + eps)), the means over j's
-    group, the second term over what `std` is taken of. `dtype` is Triton's gradient's.
-    """
-    if groups.triton:
+        dL/dx_j = c·(h_j − mean h)/(std + eps) − Σ_i h_i·A_i·(x_j − mean)/((n − 1)·std·(std + eps)), the means over j's
+        group, the second term over what `std` is taken of.
+        """
         out = rewards.new_empty(rewards.shape, dtype=dtype)
-        tensors = grad.contiguous(), advantages, rewards, weights, groups.ids, out
-        groups.launch(_backward_kernel, rewards, apart, tensors)
+        self.launch(_backward_kernel, rewards, apart, (grad.contiguous(), advantages, rewards, weights, self.ids, out))
         return out
-    grads = []
-    for k, (x, valid) in enumerate(_columns(rewards, weights, apart)):
-        h, a = torch.where(valid, grad[:, k], 0), torch.where(valid, advantages[:, k], 0)
-        mean, std, count, constant = groups.statistics(x, valid)
-        d = h - groups.sum(h) / count.clamp(min=1)
-        if groups.leave_one_out:
-            d = d * (count / (count - 1).clamp(min=1))
-        if groups.scale == "group":
-            d = _torch_through_std(groups, d, groups.sum(h * a), x - mean, std, count)
-        d = torch.where(constant, 0, d)
-        if groups.scale == "batch":
-            mean, std, count, _ = _statistics(x[None], valid[None], groups.unbiased)
-            d = _torch_through_std(groups, d, (h * a).sum(), x - mean, std, count)
-        grads.append(d)
-    d = torch.stack(grads, 1)
-    return torch.where(rewards.isfinite(), d if weights is None else d * weights, 0)
 
 
-def _torch_through_std(groups: _Groups, d: Tensor, sum_ha: Tensor, x: Tensor, std: Tensor, count: Tensor) -> Tensor:
-    spread = ((count - int(groups.unbiased)).clamp(min=1) * std).clamp(min=torch.finfo(std.dtype).tiny)
-    return (d - sum_ha * x / spread) / (std + groups.eps)
+class _Inputs(NamedTuple):
+    """What the op takes, forward and backward."""
+
+    rewards: Tensor
+    group_ids: Tensor | None
+    weights: Tensor | None
+    packed: Tensor  # eps, clip, and the weights where they are numbers
+    group_size: int | None
+    aggregation: str
+    scale: str
+    unbiased: bool
+    leave_one_out: bool
+
+    def prepared(self) -> tuple[Tensor, Tensor | None, float, _Groups, _Groups]:
+        """Rewards (B, R), their weights, the clip, the groups, and the batch as one group."""
+        eps, clip, *listed = unpack(self.packed)
+        table = self.rewards[:, None] if self.rewards.dim() == 1 else self.rewards
+        given = listed or None if self.weights is None else self.weights
+        weights = None if given is None else weight_row(given, table.new_empty(0, dtype=torch.float32)).contiguous()
+        ids = None if self.group_ids is None else self.group_ids.contiguous()
+        groups = _Groups(ids, self.group_size or len(table), self.scale, self.unbiased, self.leave_one_out, eps)
+        whole = _Groups(None, len(table), "group", self.unbiased, False, eps)
+        return table, weights, math.inf if clip is None else clip, groups, whole
 
 
-def _prepared(
-    rewards: Tensor,
-    group_ids: Tensor | None,
-    weights: Tensor | None,
-    packed: Tensor,
-    group_size: int | None,
-    scale: str,
-    unbiased: bool,
-    leave_one_out: bool,
-    triton: bool,
-) -> tuple[Tensor, Tensor | None, float, _Groups, _Groups]:
-    """Rewards (B, R), their weights, the clip, the groups, and the batch as one group."""
-    eps, clip, *listed = unpack(packed)
-    table = rewards[:, None] if rewards.dim() == 1 else rewards
-    given = listed or None if weights is None else weights
-    if given is not None:
-        weights = weight_row(given, table.new_empty(0, dtype=compute_dtype(table))).contiguous()
-    ids = None if group_ids is None else group_ids.contiguous()
-    groups = _Groups(ids, group_size or len(table), scale, unbiased, leave_one_out, eps, triton)
-    whole = _Groups(None, len(table), "group", unbiased, False, eps, triton)
-    return table, weights, math.inf if clip is None else clip, groups, whole
+SCHEMA = schema(_Inputs)
 
 
-@torch.library.custom_op("uae_kernels::group_advantages", mutates_args=())
-def _forward(
-    rewards: Tensor,
-    group_ids: Tensor | None,
-    weights: Tensor | None,
-    packed: Tensor,
-    group_size: int | None,
-    aggregation: str,
-    scale: str,
-    unbiased: bool,
-    leave_one_out: bool,
-    triton: bool,
-) -> Tensor:
+@torch.library.custom_op("uae_kernels::group_advantages", mutates_args=(), schema=f"({SCHEMA}) -> Tensor", **UNRECORDED)
+def _forward(*inputs):
     """(B,) or (B, R) -> (B,)."""
-    dtype = compute_dtype(rewards)
-    if not len(rewards):
-        return rewards.new_empty(0, dtype=dtype)
-    if not triton:
-        eps, clip, *listed = unpack(packed)
-        return reference.group_advantages(
-            rewards,
-            group_size,
-            group_ids=group_ids,
-            reward_weights=listed or None if weights is None else weights,
-            aggregation=aggregation,
-            scale=scale,
-            unbiased=unbiased,
-            eps=eps,
-            leave_one_out=leave_one_out,
-            clip=clip,
-        )
-    table, weights, clip, groups, whole = _prepared(
-        rewards, group_ids, weights, packed, group_size, scale, unbiased, leave_one_out, triton
-    )
-    if aggregation == "sum_then_normalize":
-        a, _ = _normalize(groups, table, weights, clip=clip, dtype=dtype)
+    x = _Inputs(*inputs)
+    if not len(x.rewards):
+        return x.rewards.new_empty(0, dtype=torch.float32)
+    table, weights, clip, groups, whole = x.prepared()
+    if x.aggregation == "sum_then_normalize":
+        a, _ = groups.normalize(table, weights, clip=clip, dtype=torch.float32)
     else:
-        z, constants = _normalize(groups, table, apart=True, missing=math.nan)
-        a, _ = _normalize(whole, z, weights, muted=constants, clip=clip, dtype=dtype)
+        z, constants = groups.normalize(table, apart=True, missing=math.nan)
+        a, _ = whole.normalize(z, weights, muted=constants, clip=clip, dtype=torch.float32)
     return a[:, 0]
 
 
 @_forward.register_fake
 def _(rewards, *options):
-    return rewards.new_empty(rewards.shape[0], dtype=compute_dtype(rewards))
+    return rewards.new_empty(rewards.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("uae_kernels::group_advantages_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    rewards: Tensor,
-    group_ids: Tensor | None,
-    weights: Tensor | None,
-    packed: Tensor,
-    group_size: int | None,
-    aggregation: str,
-    scale: str,
-    unbiased: bool,
-    leave_one_out: bool,
-    triton: bool,
-) -> Tensor:
-    if not len(rewards):
-        return torch.zeros_like(rewards, memory_format=torch.contiguous_format)
-    table, weights, clip, groups, whole = _prepared(
-        rewards, group_ids, weights, packed, group_size, scale, unbiased, leave_one_out, triton
-    )
-    grad = grad[:, None]
-    if aggregation == "sum_then_normalize":
-        a, _ = _normalize(groups, table, weights)
+@torch.library.custom_op(
+    "uae_kernels::group_advantages_backward", mutates_args=(), schema=f"(Tensor grad, {SCHEMA}) -> Tensor", **UNRECORDED
+)
+def _backward(grad, *inputs):
+    x, grad = _Inputs(*inputs), grad[:, None]
+    if not len(x.rewards):
+        return torch.zeros_like(x.rewards, memory_format=torch.contiguous_format)
+    table, weights, clip, groups, whole = x.prepared()
+    if x.aggregation == "sum_then_normalize":
+        a, _ = groups.normalize(table, weights)
         grad = torch.where(a.abs() <= clip, grad, 0)
-        result = _normalize_backward(groups, grad, a, table, weights, dtype=compute_dtype(rewards))
+        result = groups.backward(grad, a, table, weights, dtype=torch.float32)
     else:
-        z, constants = _normalize(groups, table, apart=True, missing=math.nan)
-        a, _ = _normalize(whole, z, weights)
+        z, constants = groups.normalize(table, apart=True, missing=math.nan)
+        a, _ = whole.normalize(z, weights)
         grad = torch.where((a.abs() <= clip) & ~constants.all(1, keepdim=True), grad, 0)
-        grad = _normalize_backward(whole, grad, a, z, weights)
-        result = _normalize_backward(groups, grad, z, table, apart=True, dtype=compute_dtype(rewards))
-    return result.to(rewards.dtype).reshape(rewards.shape)
+        grad = whole.backward(grad, a, z, weights)
+        result = groups.backward(grad, z, table, apart=True, dtype=torch.float32)
+    return result.to(x.rewards.dtype).reshape(x.rewards.shape)
 
 
 @_backward.register_fake
@@ -415,17 +322,15 @@ def _(grad, rewards, *options):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.group_size, ctx.aggregation, ctx.scale, ctx.unbiased, ctx.leave_one_out, ctx.triton = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
 
 
 def _autograd(ctx, grad):
-    options = ctx.group_size, ctx.aggregation, ctx.scale, ctx.unbiased, ctx.leave_one_out, ctx.triton
-    return (_backward if ctx.triton else _direct_backward)(grad, *ctx.saved_tensors, *options), *(None,) * 9
+    return _backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 8
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_direct, _direct_backward = direct(_forward, _setup_context, _autograd), direct(_backward)
 
 
 def group_advantages(
@@ -475,18 +380,12 @@ def group_advantages(
             "normalize_then_sum" with another scale or leave_one_out.
         RuntimeError: `impl="triton"` where it cannot run.
     """
+    if not use_triton("group_advantages", impl, rewards, fp64(rewards)):
+        return reference.group_advantages(
+            rewards, group_size, group_ids=group_ids, reward_weights=reward_weights, aggregation=aggregation,
+            scale=scale, unbiased=unbiased, eps=eps, leave_one_out=leave_one_out, clip=clip,
+        )  # fmt: skip
     check_arguments(rewards, group_size, group_ids, reward_weights, aggregation, scale, leave_one_out)
-    triton = use_triton("group_advantages", impl, rewards, fp64(rewards))
     weights, listed = (reward_weights, ()) if isinstance(reward_weights, Tensor) else (None, reward_weights or ())
-    return (_forward if triton else _direct)(
-        rewards,
-        group_ids,
-        weights,
-        pack(eps, clip, *listed),
-        group_size,
-        aggregation,
-        scale,
-        unbiased,
-        leave_one_out,
-        triton,
-    )
+    packed = pack(eps, clip, *listed)
+    return _forward(rewards, group_ids, weights, packed, group_size, aggregation, scale, unbiased, leave_one_out)

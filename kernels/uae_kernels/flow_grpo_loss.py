@@ -1,16 +1,15 @@
 """The clipped policy loss of one denoising step."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._common import GRPOLoss, direct, pack
-from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, _direct_backward, as_arguments, launch_forward
+from ._common import UNRECORDED, GRPOLoss, pack
+from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, as_arguments, launch_forward
 from ._triton import fp64, jit, launch, tl, use_triton
-from .reference.flow_grpo_loss import METRICS, check_loss, surrogates
+from .reference.flow_grpo_loss import METRICS, check_loss
 from .reference.flow_step import NOISE_LEVEL, check_step
 from .reference.grpo_loss import MAX_EXPONENT
 
@@ -78,9 +77,15 @@ def _outputs(step: Step) -> tuple[Tensor, ...]:
     return tuple(step.empty(*shape) for shape in ((), (B,), (len(METRICS),), (B,), (B,), ()))
 
 
-def _forward_triton(
-    step: Step, old_log_prob: Tensor, advantages: Tensor, normalizer: Tensor | None
-) -> tuple[Tensor, ...]:
+@torch.library.custom_op(
+    "uae_kernels::flow_grpo_loss",
+    mutates_args=(),
+    schema=f"({SCHEMA}, Tensor old_log_prob, Tensor advantages, Tensor? normalizer) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    **UNRECORDED,
+)
+def _forward(*inputs):
+    step, (old_log_prob, advantages, normalizer) = Step(*inputs[:INPUTS]), inputs[INPUTS:]
     n, B = step.numbers, len(step.sample)
     loss, per_sample, metrics, log_probs, slopes, divisor = outputs = _outputs(step)
     distances = kl_factors = None
@@ -94,52 +99,6 @@ def _forward_triton(
         math.inf if n.advantage_clip is None else n.advantage_clip, n.beta, SAMPLES=SAMPLES,
     )  # fmt: skip
     return outputs
-
-
-def _forward_torch(
-    step: Step, old_log_prob: Tensor, advantages: Tensor, normalizer: Tensor | None
-) -> tuple[Tensor, ...]:
-    n = step.numbers
-    sigma, sigma_next, sigma_max = step.sigmas()
-    assert step.next_sample is not None
-    out = reference.flow_grpo_loss(
-        step.velocity,
-        step.sample,
-        step.next_sample,
-        old_log_prob,
-        advantages,
-        sigma,
-        sigma_next,
-        kind=step.kind,
-        noise_level=n.noise_level,
-        ref_velocity=step.ref_velocity,
-        beta=n.beta,
-        kl=step.kl,
-        log_prob=step.log_prob,
-        clip_range=n.clip_range,
-        advantage_clip=n.advantage_clip,
-        sigma_max=sigma_max,
-        velocity_uncond=step.velocity_uncond,
-        guidance_scale=n.guidance_scale,
-        normalizer=n.normalizer if normalizer is None else normalizer,
-    )
-    # ∂L/∂log π, as autograd has it: at a bound, where both sides are equal, the slope is that of r itself.
-    a, log_ratio, _, free, clipped = surrogates(out.logprobs, old_log_prob, advantages, n.clip_range, n.advantage_clip)
-    slopes = torch.where((free >= clipped) & (log_ratio.abs() <= MAX_EXPONENT), free, 0)
-    count: Any = normalizer if normalizer is not None else n.normalizer
-    divisor = out.loss.new_ones(()) * (max(len(a), 1) if count is None else count)
-    return out.loss, out.per_token, torch.stack(list(out.metrics.values())), out.logprobs, slopes, divisor
-
-
-@torch.library.custom_op(
-    "uae_kernels::flow_grpo_loss",
-    mutates_args=(),
-    schema=f"({SCHEMA}, Tensor old_log_prob, Tensor advantages, Tensor? normalizer) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(*inputs):
-    step = Step(*inputs[:INPUTS])
-    return (_forward_triton if step.triton else _forward_torch)(step, *inputs[INPUTS:])
 
 
 @_forward.register_fake
@@ -157,15 +116,11 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad, grad_per_sample, *_):
     slopes, divisor, *tensors = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if grad is not None or grad_per_sample is not None:
-        backward = _backward if ctx.options[-1] else _direct_backward  # by Triton
-        grads = backward(None, None, grad_per_sample, grad, slopes, divisor, *tensors, *ctx.options, *needs)
+    grads = _backward(None, None, grad_per_sample, grad, slopes, divisor, *tensors, *ctx.options, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * INPUTS
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_direct = direct(_forward, _setup_context, _autograd)
 
 
 def flow_grpo_loss(
@@ -223,26 +178,22 @@ def flow_grpo_loss(
         ValueError: shapes that do not fit, unknown choices, a deterministic step, beta without ref_velocity.
         RuntimeError: `impl="triton"` where it cannot run.
     """
-    check_step("flow_grpo_loss", velocity, sample, kind, noise_level, velocity_uncond, log_prob)
+    if not use_triton("flow_grpo_loss", impl, sample, fp64(velocity, sample)):
+        return reference.flow_grpo_loss(
+            velocity, sample, next_sample, old_log_prob, advantages, sigma, sigma_next, kind=kind,
+            noise_level=noise_level, ref_velocity=ref_velocity, beta=beta, kl=kl, log_prob=log_prob,
+            clip_range=clip_range, advantage_clip=advantage_clip, sigma_max=sigma_max, velocity_uncond=velocity_uncond,
+            guidance_scale=guidance_scale, normalizer=normalizer,
+        )  # fmt: skip
+    sigmas = sigma, sigma_next, sigma_next if sigma_max is None else sigma_max
+    check_step("flow_grpo_loss", velocity, sample, sigmas, kind, noise_level, velocity_uncond, log_prob)
     check_loss(sample, next_sample, old_log_prob, advantages, kind, noise_level, ref_velocity, beta, kl)
-    triton = use_triton("flow_grpo_loss", impl, sample, fp64(velocity, sample))
     noise_level = NOISE_LEVEL[kind] if noise_level is None else noise_level
     divisor, count = (normalizer.to(sample.device), None) if isinstance(normalizer, Tensor) else (None, normalizer)
-    sigmas, levels = as_arguments(sample, sigma, sigma_next, sigma_next if sigma_max is None else sigma_max)
-    loss, per_sample, metrics, logprobs, _, _ = (_forward if triton else _direct)(
-        velocity,
-        velocity_uncond,
-        sample,
-        next_sample,
-        ref_velocity,
-        *sigmas,
-        pack(*levels, noise_level, guidance_scale, beta, clip_range, advantage_clip, count),
-        kind,
-        log_prob,
-        kl,
-        triton,
-        old_log_prob,
-        advantages,
-        divisor,
-    )
+    tensors, numbers = as_arguments(sample, *sigmas)
+    packed = pack(*numbers, noise_level, guidance_scale, beta, clip_range, advantage_clip, count)
+    loss, per_sample, metrics, logprobs, _, _ = _forward(
+        velocity, velocity_uncond, sample, next_sample, ref_velocity, *tensors, packed, kind, log_prob, kl,
+        old_log_prob, advantages, divisor,
+    )  # fmt: skip
     return GRPOLoss(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), per_sample, logprobs)

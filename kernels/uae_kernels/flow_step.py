@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._common import FlowStep, compute_dtype, direct, pack
-from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, _direct_backward, as_arguments, launch_forward
+from ._common import UNRECORDED, FlowStep, pack
+from ._flow import INPUTS, SCHEMA, TENSORS, Step, _backward, as_arguments, launch_forward
 from ._triton import fp64, use_triton
 from .reference.flow_step import NOISE_LEVEL, check_noise, check_step, seed_keys
 
@@ -16,50 +16,21 @@ def _outputs(step: Step, stochastic: bool) -> tuple[Tensor, Tensor, Tensor, Tens
     return step.empty(*drawn), step.empty(B if stochastic else 0), step.empty(B, *rest), step.empty(B, *[1] * len(rest))
 
 
-def _forward_triton(step: Step, noise: Tensor | None, seeds: Tensor | None, stochastic: bool) -> tuple[Tensor, ...]:
-    drawn, log_probs, mean, std = outputs = _outputs(step, stochastic)
-    launch_forward(
-        step,
-        noise=noise,
-        seeds=seeds,
-        drawn=drawn if drawn.numel() else None,
-        mean=mean,
-        std=std,
-        log_probs=log_probs if stochastic else None,
-    )
-    return outputs
-
-
-def _forward_torch(step: Step, noise: Tensor | None, seeds: Tensor | None, stochastic: bool) -> tuple[Tensor, ...]:
-    sigma, sigma_next, sigma_max = step.sigmas()
-    taken, log_prob, mean, std = reference.flow_step(
-        step.velocity,
-        step.sample,
-        sigma,
-        sigma_next,
-        kind=step.kind,
-        noise_level=step.numbers.noise_level,
-        sigma_max=sigma_max,
-        velocity_uncond=step.velocity_uncond,
-        guidance_scale=step.numbers.guidance_scale,
-        noise=noise,
-        seed=seeds,
-        next_sample=step.next_sample,
-        log_prob=step.log_prob,
-    )
-    drawn = taken.contiguous() if stochastic and step.next_sample is None else step.empty(0)
-    return drawn, step.empty(0) if log_prob is None else log_prob, mean.contiguous(), std
-
-
 @torch.library.custom_op(
     "uae_kernels::flow_step",
     mutates_args=(),
     schema=f"({SCHEMA}, Tensor? noise, Tensor? seeds, bool stochastic) -> (Tensor, Tensor, Tensor, Tensor)",
+    **UNRECORDED,
 )
 def _forward(*inputs):
     """The drawn next sample, log-probability, mean and std; the former two without elements where there is none."""
-    step = Step(*inputs[:INPUTS])
-    return (_forward_triton if step.triton else _forward_torch)(step, *inputs[INPUTS:])
+    step, (noise, seeds, stochastic) = Step(*inputs[:INPUTS]), inputs[INPUTS:]
+    drawn, log_probs, mean, std = outputs = _outputs(step, stochastic)
+    launch_forward(
+        step, noise=noise, seeds=seeds, drawn=drawn if drawn.numel() else None, mean=mean, std=std,
+        log_probs=log_probs if stochastic else None,
+    )  # fmt: skip
+    return outputs
 
 
 @_forward.register_fake
@@ -80,15 +51,11 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad_next, grad_log_prob, grad_mean, _):
     needs = ctx.needs_input_grad[:3]
     given = grad_mean, grad_next if ctx.drawn else None, grad_log_prob, None, None, None
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if any(g is not None for g in given):
-        backward = _backward if ctx.options[-1] else _direct_backward  # by Triton
-        grads = backward(*given, *ctx.saved_tensors, *ctx.options, *needs)
+    grads = _backward(*given, *ctx.saved_tensors, *ctx.options, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * INPUTS
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_direct = direct(_forward, _setup_context, _autograd)
 
 
 def flow_step(
@@ -152,35 +119,29 @@ def flow_step(
             than one source of noise.
         RuntimeError: `impl="triton"` where it cannot run.
     """
-    check_step("flow_step", velocity, sample, kind, noise_level, velocity_uncond, log_prob)
+    if not use_triton("flow_step", impl, sample, fp64(velocity, sample)):
+        return reference.flow_step(
+            velocity, sample, sigma, sigma_next, kind=kind, noise_level=noise_level, sigma_max=sigma_max,
+            velocity_uncond=velocity_uncond, guidance_scale=guidance_scale, noise=noise, seed=seed,
+            next_sample=next_sample, log_prob=log_prob,
+        )  # fmt: skip
+    sigmas = sigma, sigma_next, sigma_next if sigma_max is None else sigma_max
+    check_step("flow_step", velocity, sample, sigmas, kind, noise_level, velocity_uncond, log_prob)
     check_noise(sample, noise, seed, next_sample)
-    triton = use_triton("flow_step", impl, sample, fp64(velocity, sample))
     if noise_level is None or kind == "ode":
         noise_level = NOISE_LEVEL[kind]
-    stochastic = noise_level != 0
-    keys = None
+    stochastic, keys = noise_level != 0, None
     if stochastic and next_sample is None and noise is None:
         if seed is None:
-            noise = torch.randn(sample.shape, dtype=compute_dtype(velocity, sample), device=sample.device)
+            noise = torch.randn(sample.shape, device=sample.device)
         else:
             keys = seed_keys(seed, sample)
-    sigmas, levels = as_arguments(sample, sigma, sigma_next, sigma_next if sigma_max is None else sigma_max)
-    drawn, logp, mean, std = (_forward if triton else _direct)(
-        velocity,
-        velocity_uncond,
-        sample,
-        next_sample,
-        None,
-        *sigmas,
-        pack(*levels, noise_level, guidance_scale),
-        kind,
-        log_prob,
-        "gaussian",
-        triton,
-        noise,
-        keys,
+    tensors, numbers = as_arguments(sample, *sigmas)
+    packed = pack(*numbers, noise_level, guidance_scale)
+    drawn, logp, mean, std = _forward(
+        velocity, velocity_uncond, sample, next_sample, None, *tensors, packed, kind, log_prob, "gaussian", noise, keys,
         stochastic,
-    )
+    )  # fmt: skip
     if next_sample is not None:
         taken = next_sample.to(mean.dtype)
     else:

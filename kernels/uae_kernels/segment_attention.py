@@ -19,9 +19,10 @@ from ._attention import (
     query_gradient,
     rows_of,
     store_rows,
+    strides,
     unsupported,
 )
-from ._common import pack, unpack
+from ._common import UNRECORDED, pack, unpack
 from ._triton import jit, launch, narrow, tl, use_triton
 from .reference.segment_attention import check_segments
 
@@ -218,15 +219,8 @@ class _Segments(NamedTuple):
         counts = [-(-tokens // block) for tokens in self.tokens]
         return (sum(counts) * batch * heads,), [counts[0], sum(counts), heads, *self.tokens]
 
-    def shape(self) -> dict[str, int]:
-        width = self.q[0].shape[3]
-        return dict(WIDTH=width, DEPTH=depth_of(width))
-
     def options(self, tile: Tiles) -> dict[str, int]:
-        return dict(
-            SEGMENTS=1 + (self.tokens[1] > 0), ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
-            num_stages=tile.stages, **self.shape(),
-        )  # fmt: skip
+        return dict(SEGMENTS=1 + (self.tokens[1] > 0), **tile.options(self.q[0].shape[3]))
 
     def normalised(self, kind: int, eps: float) -> list[Tensor]:
         """q (kind 0) or k (kind 1) of each segment after its norm; as it is without norms."""
@@ -236,13 +230,12 @@ class _Segments(NamedTuple):
         outputs = [x.new_empty(x.shape) for x in tensors[: 1 + (self.tokens[1] > 0)]]
         grid, sizes = self.grid(ROWS)
         arguments = [part for row in zip(tensors, weights, [outputs[0], outputs[-1]], strict=True) for part in row]
-        launch(_norm_kernel, grid, *arguments, *sizes, eps, *_strides(*tensors), ROWS=ROWS, num_warps=4, **self.shape())
+        width = tensors[0].shape[3]
+        launch(
+            _norm_kernel, grid, *arguments, *sizes, eps, *strides(*tensors),
+            WIDTH=width, DEPTH=depth_of(width), ROWS=ROWS, num_warps=4,
+        )  # fmt: skip
         return [outputs[0], outputs[-1]]
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """Between samples, tokens and heads."""
-    return [x.stride(dim) for x in tensors for dim in range(3)]
 
 
 def _in_turn(*kinds: list[Tensor]) -> list[Tensor]:
@@ -263,7 +256,7 @@ INPUTS = (
 
 
 @torch.library.custom_op(
-    "uae_kernels::segment_attention", mutates_args=(), schema=f"({INPUTS}) -> (Tensor, Tensor, Tensor)"
+    "uae_kernels::segment_attention", mutates_args=(), **UNRECORDED, schema=f"({INPUTS}) -> (Tensor, Tensor, Tensor)"
 )
 def _forward(q, k, v, q_weight, k_weight, q2, k2, v2, q2_weight, k2_weight, packed):
     """Each segment's result, and log₂ Σ 2^score of each query, (B, H, S)."""
@@ -274,7 +267,7 @@ def _forward(q, k, v, q_weight, k_weight, q2, k2, v2, q2_weight, k2_weight, pack
     tensors = _in_turn(parts.q, parts.normalised(1, eps), parts.v)
     grid, sizes = parts.grid(tile.rows)
     launch(
-        _forward_kernel, grid, *tensors, *parts.weights[0], *outputs, lses, *sizes, scale, eps, *_strides(*tensors),
+        _forward_kernel, grid, *tensors, *parts.weights[0], *outputs, lses, *sizes, scale, eps, *strides(*tensors),
         **parts.options(tile),
     )  # fmt: skip
     return *outputs, lses
@@ -289,6 +282,7 @@ def _(q, k, v, q_weight, k_weight, q2, *_):
 @torch.library.custom_op(
     "uae_kernels::segment_attention_backward",
     mutates_args=(),
+    **UNRECORDED,
     schema=f"(Tensor grad, Tensor grad2, {INPUTS}, Tensor out, Tensor out2, Tensor lses) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -304,12 +298,12 @@ def _backward(
     grid, sizes = parts.grid(plan.queries.rows)
     launch(
         _queries_kernel, grid, *tensors, *parts.q, *parts.weights[0], out, out2, lses, grad, grad2, deltas, dq, dq2,
-        *sizes, scale, eps, *_strides(*tensors, *parts.q), **parts.options(plan.queries),
+        *sizes, scale, eps, *strides(*tensors, *parts.q), **parts.options(plan.queries),
     )  # fmt: skip
     grid, sizes = parts.grid(plan.keys.columns)
     launch(
         _keys_kernel, grid, *tensors, *parts.k, *parts.weights[1], lses, grad, grad2, deltas, dk, dk2, dv, dv2,
-        *sizes, scale, eps, *_strides(*tensors, *parts.k), **parts.options(plan.keys),
+        *sizes, scale, eps, *strides(*tensors, *parts.k), **parts.options(plan.keys),
     )  # fmt: skip
     return results
 

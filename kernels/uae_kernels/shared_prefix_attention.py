@@ -13,16 +13,16 @@ from ._attention import (
     LN2,
     Tiles,
     attend,
-    depth_of,
     key_gradient,
     load_rows,
     plan_for,
     query_gradient,
     rows_of,
     store_rows,
+    strides,
     unsupported,
 )
-from ._common import compute_dtype, pack, unpack
+from ._common import UNRECORDED, compute_dtype, pack, unpack
 from ._triton import jit, launch, narrow, tl, use_triton
 from .reference.shared_prefix_attention import check_shared_prefix, kept
 
@@ -233,7 +233,7 @@ def _prefix_keys_kernel(
     store_rows(dv, at, j < prefix_tokens, tl.where(inside[:, None], value_sum, 0.0), WIDTH, DEPTH)
 
 
-@jit("size")
+@jit()
 def _sum_kernel(parts, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """out = Σ parts (SPLITS, size), in their order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -245,16 +245,7 @@ def _sum_kernel(parts, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def _options(tile: Tiles, q: Tensor, k: Tensor) -> dict[str, int]:
-    width = q.shape[3]
-    return dict(
-        SHARE=q.shape[2] // k.shape[2], WIDTH=width, DEPTH=depth_of(width), ROWS=tile.rows, COLUMNS=tile.columns,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """Between rows of the batch, tokens and heads."""
-    return [x.stride(dim) for x in tensors for dim in range(3)]
+    return dict(SHARE=q.shape[2] // k.shape[2], **tile.options(q.shape[3]))
 
 
 def _sizes(q: Tensor, k: Tensor, prefix_k: Tensor, group_size: int, tile: Tiles) -> tuple[tuple[int], list[int]]:
@@ -271,7 +262,7 @@ def _triton_forward(q, k, v, prefix_k, prefix_v, lengths, prefix_lengths, group_
     grid, sizes = _sizes(q, k, prefix_k, group_size, tile)
     launch(
         _forward_kernel, grid, q, k, v, prefix_k, prefix_v, lengths, prefix_lengths, out, lses, *sizes,
-        scale / math.log(2), *_strides(q, k, v, prefix_k, prefix_v), **_options(tile, q, k),
+        scale / math.log(2), *strides(q, k, v, prefix_k, prefix_v), **_options(tile, q, k),
     )  # fmt: skip
     return out, lses
 
@@ -283,14 +274,14 @@ def _triton_backward(grad, q, k, v, prefix_k, prefix_v, lengths, prefix_lengths,
     grid, sizes = _sizes(q, k, prefix_k, group_size, plan.queries)
     launch(
         _queries_kernel, grid, q, k, v, prefix_k, prefix_v, lengths, prefix_lengths, out, lses, grad, deltas, dq,
-        *sizes, scale, *_strides(q, k, v, prefix_k, prefix_v), **_options(plan.queries, q, k),
+        *sizes, scale, *strides(q, k, v, prefix_k, prefix_v), **_options(plan.queries, q, k),
     )  # fmt: skip
 
     (rows, tokens), (batch, prefix, kv_heads, _), tile = q.shape[:2], prefix_k.shape, plan.keys
     blocks = -(-tokens // tile.columns)
     launch(
         _keys_kernel, (blocks * kv_heads * rows,), q, k, v, lengths, lses, grad, deltas, dk, dv,
-        blocks, kv_heads, tokens, scale, *_strides(q, k, v), **_options(tile, q, k),
+        blocks, kv_heads, tokens, scale, *strides(q, k, v), **_options(tile, q, k),
     )  # fmt: skip
 
     splits, blocks = min(group_size, SPLITS), -(-prefix // tile.columns)
@@ -298,7 +289,7 @@ def _triton_backward(grad, q, k, v, prefix_k, prefix_v, lengths, prefix_lengths,
     launch(
         _prefix_keys_kernel, (blocks * kv_heads * batch * splits,), q, prefix_k, prefix_v, lengths, prefix_lengths,
         lses, grad, deltas, *parts, blocks, batch, group_size, -(-group_size // splits), kv_heads, tokens, prefix,
-        scale, *_strides(q, prefix_k, prefix_v), **_options(tile, q, k),
+        scale, *strides(q, prefix_k, prefix_v), **_options(tile, q, k),
     )  # fmt: skip
     for part, total in zip(parts, (prefix_dk, prefix_dv), strict=True):
         grid = (-(-total.numel() // BLOCK),)
@@ -423,7 +414,7 @@ def _implementation(q: Tensor, triton: bool) -> tuple[Callable[..., Any], Callab
 
 
 @torch.library.custom_op(
-    "uae_kernels::shared_prefix_attention", mutates_args=(), schema=f"({INPUTS}) -> (Tensor, Tensor)"
+    "uae_kernels::shared_prefix_attention", mutates_args=(), **UNRECORDED, schema=f"({INPUTS}) -> (Tensor, Tensor)"
 )
 def _forward(q, k, v, prefix_k, prefix_v, lengths, prefix_lengths, packed, group_size, triton):
     """The attention's result, and for backward a number a query, (B·G, T·Hq): log Σ e^score, with Triton to base 2."""
@@ -444,6 +435,7 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "uae_kernels::shared_prefix_attention_backward",
     mutates_args=(),
+    **UNRECORDED,
     schema=f"(Tensor grad, {INPUTS}, Tensor out, Tensor lses) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import compute_dtype, direct, pack_head, unpack_head
+from ._common import UNRECORDED, compute_dtype, pack_head, unpack_head
 from ._triton import fp64, jit, launch, log1p, tanh, tl, use_triton
 from .reference.token_logprobs import check_logits, is_scored
 
@@ -262,7 +262,7 @@ def _statistics(
     return logprobs, top, log_total, entropies
 
 
-@torch.library.custom_op("uae_kernels::token_logprobs", mutates_args=())
+@torch.library.custom_op("uae_kernels::token_logprobs", mutates_args=(), **UNRECORDED)
 def _forward(
     logits: Tensor, targets: Tensor, packed: Tensor, ignore_index: int, entropy: bool, inplace: bool, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -291,21 +291,15 @@ def _(logits, targets, packed, ignore_index, entropy, inplace, triton):
     return tuple(logits.new_empty(shape, dtype=compute_dtype(logits)) for shape in shapes)
 
 
-def _write_gradient(
-    out: Tensor,
-    grad: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    packed: Tensor,
-    logprobs: Tensor,
-    tops: Tensor,
-    log_totals: Tensor,
-    entropies: Tensor,
-    ignore_index: int,
-    triton: bool,
-) -> None:
+BACKWARD = """
+    Tensor grad, Tensor? grad_entropy, Tensor{} logits, Tensor targets, Tensor packed, Tensor logprobs, Tensor tops,
+    Tensor log_totals, Tensor entropies, int ignore_index, bool triton
+"""
+
+
+def _write_gradient(out: Tensor, *inputs: Any) -> None:
     """dL/dlogits into `out`, which may be `logits` itself: each piece is read before it is written."""
+    grad, grad_entropy, logits, targets, packed, logprobs, tops, log_totals, entropies, ignore_index, triton = inputs
     inner, outer, softcap = _factors(packed)
     if triton:
         rows = [targets, grad, grad_entropy, logprobs, tops, log_totals, None if grad_entropy is None else entropies]
@@ -349,24 +343,12 @@ def _write_gradient(
             out[i] = dz
 
 
-@torch.library.custom_op("uae_kernels::token_logprobs_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    packed: Tensor,
-    logprobs: Tensor,
-    tops: Tensor,
-    log_totals: Tensor,
-    entropies: Tensor,
-    ignore_index: int,
-    triton: bool,
-) -> Tensor:
-    out = torch.empty_like(logits)
-    _write_gradient(
-        out, grad, grad_entropy, logits, targets, packed, logprobs, tops, log_totals, entropies, ignore_index, triton
-    )
+@torch.library.custom_op(
+    "uae_kernels::token_logprobs_backward", mutates_args=(), schema=f"({BACKWARD.format('')}) -> Tensor", **UNRECORDED
+)
+def _backward(*inputs):
+    out = torch.empty_like(inputs[2])
+    _write_gradient(out, *inputs)
     return out
 
 
@@ -375,23 +357,14 @@ def _(grad, grad_entropy, logits, *options):
     return torch.empty_like(logits)
 
 
-@torch.library.custom_op("uae_kernels::token_logprobs_backward_", mutates_args=("logits",))
-def _backward_(
-    grad: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    packed: Tensor,
-    logprobs: Tensor,
-    tops: Tensor,
-    log_totals: Tensor,
-    entropies: Tensor,
-    ignore_index: int,
-    triton: bool,
-) -> None:
-    _write_gradient(
-        logits, grad, grad_entropy, logits, targets, packed, logprobs, tops, log_totals, entropies, ignore_index, triton
-    )
+@torch.library.custom_op(
+    "uae_kernels::token_logprobs_backward_",
+    mutates_args=("logits",),
+    schema=f"({BACKWARD.format('(a!)')}) -> ()",
+    **UNRECORDED,
+)
+def _backward_(*inputs):
+    _write_gradient(inputs[2], *inputs)
 
 
 @_backward_.register_fake
@@ -417,11 +390,10 @@ def _autograd(ctx, grad, _, __, grad_entropy):
     if ctx.inplace:
         _backward_(*inputs)
         return logits, *none
-    return (_backward if ctx.triton else _direct_backward)(*inputs), *none
+    return _backward(*inputs), *none
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_direct, _direct_backward = direct(_forward, _setup_context, _autograd), direct(_backward)
 
 
 def token_logprobs(
@@ -477,7 +449,7 @@ def token_logprobs(
     ):
         raise ValueError("token_logprobs: inplace_backward cannot write to expanded logits")
     rows = logits.dim() == 1  # a single distribution
-    logprobs, _, _, entropy = (_forward if triton else _direct)(
+    logprobs, _, _, entropy = _forward(
         logits[None] if rows else logits,
         targets[None] if rows else targets,
         pack_head(temperature, softcap, logit_scale),

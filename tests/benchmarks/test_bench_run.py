@@ -1,9 +1,11 @@
 """The benchmark command: order, budget, going on, failures as rows, verdicts and fitted exponents."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -180,19 +182,29 @@ def test_a_case_that_fails_is_a_row_that_says_so(tmp_path):
     assert [row["median_ms"] for row in others] == [1000.0, 1000.0]
 
 
-def timed(contestant, median, spread=0.0, date="1", **more):
+def test_a_failure_keeps_nothing_of_its_case(tmp_path):
+    """A contest that fails has its inputs in its frames, on a GPU gigabytes."""
+    contests, failing, given = conftest.Contests(HERE, tmp_path), op(wrong=0.1), []
+    make = failing.inputs
+    failing.inputs = lambda case: given.append(weakref.ref(x := make(case))) or x
+    with pytest.raises(Exception, match="d_x is off by"):
+        visit(contests, failing, a_case(1))
+    gc.collect()
+    assert contests.failure and len(given) == 1 and given[0]() is None
+
+
+def timed(contestant, median, date="1", **more):
     row = {"op": "o", "variant": "v", "device": "d", "dtype": "t", "contestant": contestant, "config": {}, "N": 1}
-    times = {"median_ms": median, "p20_ms": median - spread, "p80_ms": median + spread}
-    return row | times | {"date": date, "peak_bytes": 8} | more
+    return row | {"median_ms": median, "visits_ms": [median] * 8, "date": date, "peak_bytes": 8} | more
 
 
 def test_verdicts():
-    ours = timed(OURS, 10.0, 1.0)
-    assert verdict(ours, timed("a", 20.0, 1.0)) == "faster"
-    assert verdict(ours, timed("a", 5.0, 1.0)) == "slower"
-    assert verdict(ours, timed("a", 12.0, 2.0)) == verdict(ours, timed("a", 8.0, 2.0)) == "equal"  # they overlap
-    exact = timed(OURS, 10.0)
-    assert verdict(exact, timed("a", 10.4)) == "equal" and verdict(exact, timed("a", 10.6)) == "faster"
+    ours = timed(OURS, 10.0)
+    for times, says in ((20.0, "faster"), (10.6, "faster"), (10.4, "equal"), (9.6, "equal"), (9.4, "slower")):
+        assert verdict(ours, timed("a", times)) == says
+    uneven = [12.0] * 6 + [10.0] * 2  # the second smallest of eight decides
+    assert verdict(ours, timed("a", 12.0, visits_ms=uneven)) == "equal"
+    assert verdict(ours, timed("a", 12.0, visits_ms=[12.0, *uneven[:-1]])) == "faster"
     found = verdicts(
         [ours, timed("a", 5.0, config={"chunk": 1}), timed("a", 4.0, config={"chunk": 2}), timed("b", 30.0)]
     )

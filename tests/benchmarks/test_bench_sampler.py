@@ -1,6 +1,7 @@
 """The sampler's benchmark: its counts by hand, its gate, and what becomes of contestants that fail."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,15 +12,12 @@ from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import tables
+from benchmarks import conftest, tables
 from benchmarks.kernels.harness import Absent, Contestant, WrongResults
-from benchmarks.rows import OURS, append, environment, read
+from benchmarks.rows import OURS, append, environment, ratio, read, verdict
 from benchmarks.sampler import counted, denoise
 
-# Runs a round, and reports three times of its own
-BENCHMARK = SimpleNamespace(
-    pedantic=lambda run, **_: run(), stats=SimpleNamespace(stats=SimpleNamespace(data=[0.5, 1.0, 1.5]))
-)
+BENCHMARK = SimpleNamespace(pedantic=lambda run, rounds: [run() for _ in range(rounds)])
 
 
 def tiny():
@@ -27,9 +25,13 @@ def tiny():
     return case
 
 
+def op(*contestants):
+    made = {"inputs": denoise.inputs, "truth": denoise.truth, "Contest": denoise.Contest}
+    return SimpleNamespace(**made, contestants=lambda case: list(contestants))
+
+
 def contest(*contestants):
-    op = SimpleNamespace(inputs=denoise.inputs, truth=denoise.truth, contestants=lambda case: list(contestants))
-    return denoise.Contest(op, tiny())
+    return denoise.Contest(op(*contestants), tiny())
 
 
 def right(given):
@@ -87,23 +89,64 @@ def test_a_predicted_time_is_of_the_slower_of_arithmetic_and_bytes():
     assert counted.predicted_ms(counts, 512) == pytest.approx(4000)
 
 
-def test_ours_must_be_as_near_to_the_truth_as_diffusers():
+def test_ours_must_be_as_near_to_the_truth_as_diffusers(tmp_path):
     found = contest(Contestant(OURS, right))
     assert 0 < found.error < 1e-5  # fp32
     assert found.time(OURS, BENCHMARK) is None
     (row,) = found.rows({"date": "now"})
     assert row["class"] == "same sampler" and row["reason"] is None
     case = found.case
-    per_step = 1e3 / case.N / case.steps
-    assert row["image_step_ms"] == pytest.approx([per_step, 0.7 * per_step, 1.3 * per_step])
-    assert row["images_per_s"] == pytest.approx(case.N / 1.0)
+    assert row["image_step_ms"][0] == pytest.approx(row["median_ms"] / case.N / case.steps)
+    assert row["images_per_s"] == pytest.approx(1e3 * case.N / row["median_ms"])
 
-    broken = contest(Contestant("early", right), Contestant(OURS, off(4 * found.error)), Contestant("late", right))
-    assert broken.time("early", BENCHMARK) is None
-    for name in (OURS, "late"):
+    broken = [Contestant(OURS, right), Contestant(OURS, off(4 * found.error), {"attention": "x"}),
+              Contestant("late", right)]  # fmt: skip
+    contests = conftest.Contests({"kind": "cpu"}, tmp_path)
+    visited = contests.enter(op(*broken), case)
+    assert visited.time(OURS, BENCHMARK) is None
+    for contestant in broken[1:]:
         with pytest.raises(WrongResults, match="latents is off by"):
-            broken.time(name, BENCHMARK)
-    assert broken.rows({}) == []  # nor is a rival's speed reported
+            visited.time(str(contestant), BENCHMARK)
+    contests.leave()
+    (row,) = read(folder=tmp_path)  # nor is a rival's speed reported
+    assert (row["contestant"], row["median_ms"]) == (OURS, None) and "latents is off by" in row["reason"]
+
+
+def test_visits_are_paired_with_ours_on_a_machine_that_drifts(monkeypatch):
+    """Loops take ever longer, a rival's twice and another's half as long as ours: ratios are what is true."""
+    clock, speeds, done = SimpleNamespace(now=0.0, loops=0), {OURS: 1.0, "slow": 2.0, "quick": 0.5}, []
+
+    def taking(name):
+        def build(given):
+            run = right(given)
+
+            def step():
+                clock.loops += 1
+                clock.now += speeds[name] * 1.01**clock.loops
+                done.append(name)
+                return run()
+
+            return step
+
+        return build
+
+    monkeypatch.setattr(denoise.harness.time, "perf_counter", lambda: clock.now)
+    rivals = [Contestant(name, taking(name)) for name in speeds]
+    found = denoise.Contest(op(*rivals), replace(tiny(), quick=False))
+    for name in found.entries:
+        assert found.time(name, BENCHMARK) is None
+    ours, *others = found.rows({"date": "now"})
+    assert done[-10:] == [*["quick", OURS, OURS, "quick"] * 2, "quick", OURS]
+    assert [len(row[key]) for row in (ours, *others) for key in ("visits_ms", "beside_ms")] == [denoise.PAIRS] * 6
+    assert ours["rounds"] == 3 * denoise.PAIRS and others[0]["rounds"] == denoise.PAIRS
+    assert others[1]["median_ms"] / others[0]["median_ms"] > 1.1 * 0.25  # so far it drifts meanwhile
+    for row, true, says in zip(others, (2.0, 0.5), ("faster", "slower"), strict=True):
+        paired = ratio(ours, row)
+        assert paired.median == pytest.approx(true, rel=0.011) and paired.high / paired.low < 1.021
+        assert verdict(ours, row) == says
+        assert ratio(*(part | {"visits_ms": part["visits_ms"][:4], "beside_ms": part["beside_ms"][:4]}
+                       for part in (ours, row))) is None  # fmt: skip
+    assert ratio(others[0], others[1]).median == pytest.approx(0.25, rel=0.025)  # neither of them ours, far apart
 
 
 def test_what_fails_becomes_a_row_with_its_reason():
@@ -117,31 +160,35 @@ def test_what_fails_becomes_a_row_with_its_reason():
         return lambda: 1 / 0
 
     rivals = {"absent": absent, "missing": missing, "fails": fails, "wrong": off(0.6), "rough": off(0.1)}
-    found = contest(*(Contestant(name, build) for name, build in rivals.items()), Contestant(OURS, fails))
+    found = contest(Contestant(OURS, right), *(Contestant(name, build) for name, build in rivals.items()))
     reasons = {name: found.time(name, BENCHMARK) for name in found.entries}
-    assert reasons["rough"] is None and "latents is off by 6.0e-01" in reasons["wrong"]
+    assert reasons[OURS] is reasons["rough"] is None and "latents is off by 6.0e-01" in reasons["wrong"]
     assert reasons["missing"] == "no_such_package is not installed"
     assert {row["contestant"]: row["reason"] for row in found.rows({})} == reasons
-    assert all(entry.step is None for entry in found.entries.values())  # the device is free for the next
+    assert [name for name, entry in found.entries.items() if entry.step] == [OURS]  # room for the next
+    without = contest(Contestant(OURS, fails), Contestant("rival", right))
+    assert without.time(OURS, BENCHMARK) == "ZeroDivisionError: division by zero"
+    assert without.time("rival", BENCHMARK).startswith("ours, to stand beside, has no speed: ZeroDivision")
 
 
 def test_a_table_of_the_rows(tmp_path, monkeypatch):
-    found = contest(Contestant(OURS, right), Contestant("rival", lambda given: 1 / 0))
+    found = contest(Contestant(OURS, right), Contestant("slow", right), Contestant("rival", lambda given: 1 / 0))
     for name in found.entries:
         found.time(name, BENCHMARK)
     append(tmp_path / "sampler-gpu.jsonl", found.rows(environment("cpu") | {"device": "a GPU"}))
     monkeypatch.setattr(tables, "read", lambda pattern: read(pattern, tmp_path))
     written = tables.table("sampler-gpu")
-    assert "| **uae-kernels, N 2** | **250 (175–325)** | **2** |" in written  # 1 s for 2 steps of 2 images
-    assert "Not run: rival at N 2 (ZeroDivisionError: division by zero)." in written
+    (ours, rival), cells = found.rows({})[:2], "{:.3g} ({:.3g}–{:.3g})"
+    assert f"| **tiny-64-5, float32, N 2, T 5: uae-kernels** | **{cells.format(*ours['image_step_ms'])}** |" in written
+    assert f"| slow | {cells.format(*rival['image_step_ms'])} | not judged, " in written  # of two visits
+    assert "Not run: rival (ZeroDivisionError: division by zero) in tiny-64-5." in written
 
 
 def test_without_a_truth_nobody_is_timed():
     def too_large(case, given):
         raise torch.OutOfMemoryError("31 GiB")
 
-    op = SimpleNamespace(inputs=denoise.inputs, truth=too_large, contestants=lambda case: [Contestant(OURS, right)])
-    found = denoise.Contest(op, tiny())
+    found = denoise.Contest(SimpleNamespace(**vars(op(Contestant(OURS, right))) | {"truth": too_large}), tiny())
     assert found.time(OURS, BENCHMARK) == "no truth to compare with: out of memory"
 
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.kernels.harness import WrongResults
 from benchmarks.rows import OURS, environment
-from benchmarks.trainer import contests, learning, stage2_update, stage3_update, steps
+from benchmarks.trainer import contests, learning, stage2_update, stage3_update, steps, worlds
 from benchmarks.trainer.contests import NEEDS_A_GPU
 from benchmarks.trainer.test_speed import OPS
 
@@ -89,29 +89,56 @@ def test_steps_are_measured_phase_by_phase():
 
 def test_steps_whose_first_ratio_is_not_1_are_not_reported(monkeypatch):
     case = next(case for case in quick(steps) if case.stage == 2)
-    real = steps.take_step
+    real = worlds.take_step
 
     def off(*arguments):
         values, bad = real(*arguments)
         return values | {"ratio/max": 1.0001}, bad
 
-    monkeypatch.setattr(steps, "take_step", off)
+    monkeypatch.setattr(worlds, "take_step", off)
     with pytest.raises(WrongResults, match="ratio"):
         steps.Contest(steps, case)
 
 
-def test_the_naive_rollout_is_of_the_same_captions(world, tmp_path):
-    """One at a time they are the same captions, whose images start from noises of their own."""
-    ready = learning.prepare(2, learning.tiny_config(world, f"run={tmp_path}", *steps.QUICK[2]))
-    torch.manual_seed(0)
-    fast = ready.stage.rollout(ready.examples, 0)
-    with learning.naively():
-        naive = ready.stage.rollout(ready.examples, 0)
-    assert naive.captions.texts == fast.captions.texts and torch.equal(naive.captions.mask, fast.captions.mask)
-    assert torch.allclose(naive.captions.logprobs, fast.captions.logprobs, atol=1e-5)
-    assert not torch.allclose(naive.advantages, fast.advantages, atol=0.01)
-    again = ready.stage.rollout(ready.examples, 0)
-    assert torch.equal(again.advantages, fast.advantages)
+@pytest.mark.parametrize("name", [learning.BATCHED, learning.NAIVE])
+def test_other_ways_write_the_same_captions(world, tmp_path, name):
+    """Their images start from noises of their own, and their update gives the same gradients of the same rollout."""
+    way = learning.WAYS[name]
+    fast, other = (
+        worlds.prepare(2, worlds.tiny_config(world, f"run={tmp_path}", *steps.QUICK[2], *settings)).stage
+        for settings in ((), way.settings)
+    )
+    examples = worlds.Steps(2, fast.config).examples()
+    own = fast.rollout(examples, 0)
+    with way.taken():
+        theirs = other.rollout(examples, 0)
+    assert theirs.captions.texts == own.captions.texts and torch.equal(theirs.captions.mask, own.captions.mask)
+    assert torch.allclose(theirs.captions.logprobs, own.captions.logprobs, atol=1e-5)
+    assert not torch.allclose(theirs.advantages, own.advantages, atol=0.01)
+    again = other.rollout(examples, 0)  # what stood in is gone
+    assert torch.allclose(again.advantages, own.advantages, atol=1e-3)
+    found = [worlds.gradients(stage, own, stage.groups()[0]["params"])[1] for stage in (fast, other)]
+    a, b = (torch.cat([part.flatten() for part in parts]) for parts in found)
+    assert 0 < (a - b).norm() < 1e-5 * a.norm()  # other arithmetic, the same update
+
+
+def test_the_batch_of_plain_practice_is_one_call_of_generate(world, tmp_path, monkeypatch):
+    """Of all captions, prompts repeated; and one of the decoder's batches draws them, each from its own noise."""
+    way, seen = learning.WAYS[learning.BATCHED], []
+    config = worlds.tiny_config(world, f"run={tmp_path}", *steps.QUICK[2], *way.settings)
+    taken = worlds.Steps(2, config)
+    stage, drawn = taken.stage, []
+    generate, velocity = stage.models.encoder.model.generate, stage.models.decoder.velocity
+    monkeypatch.setattr(stage.models.encoder.model, "generate", lambda **given: seen.append(given) or generate(**given))
+    monkeypatch.setattr(
+        stage.models.decoder, "velocity", lambda x, *given: drawn.append(x.clone()) or velocity(x, *given)
+    )
+    with way.taken():
+        taken.take(taken.examples())
+    (call,) = seen
+    assert len(call["inputs_embeds"]) == config.stage2.images * config.stage2.group_size == 8
+    first, *others = drawn
+    assert len(others) == config.render.steps - 1 and len({row.sum().item() for row in first}) == 8
 
 
 def test_a_learning_run_ends_with_its_time_and_goes_on_where_it_is_missing(world, tmp_path, monkeypatch):
@@ -124,12 +151,13 @@ def test_a_learning_run_ends_with_its_time_and_goes_on_where_it_is_missing(world
     assert row["steps"] == len(row["training"]) == 1
     assert [len(point) for point in row["heldout"]] == [2, 2] and row["heldout"][0][0] == 0.0
     assert learning.missing([row], [0, 1], row) == [
-        (learning.NAIVE, 0), (learning.FAST, 1), (learning.NAIVE, 1),
+        (name, seed) for seed in (0, 1) for name in learning.WAYS if (name, seed) != (learning.FAST, 0)
     ]  # fmt: skip
-    assert len(learning.missing([row], [0], row | {"commit": "another"})) == 2
-    other = row | {"contestant": learning.NAIVE}
-    assert learning.newest([row, other, row | {"commit": "later"}]) == [row, other]
-    learning.plot([row, other], tmp_path / "plot.png")
+    assert len(learning.missing([row], [0], row | {"commit": "another"})) == 3
+    found = [row | {"contestant": name} for name in learning.WAYS]
+    assert learning.newest([*found, row | {"commit": "later"}]) == found
+    assert learning.newest([row, found[2], row | {"seed": 1}]) == [row, found[2]]
+    learning.plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert learning.at([(0.0, 1.0), (2.0, 2.0)], 1.0) == 1.5 and learning.at([(0.0, 1.0), (2.0, 2.0)], 3.0) == 2.0
 

@@ -71,7 +71,7 @@ def unpaired(ours, rival):
         ("interval", lambda values: (min(values), max(values))),  # one burst hides a tenth
         ("interval", lambda values: (max(values), min(values))),
         ("ratio", unpaired),
-        ("ratio", lambda ours, rival: None),  # the rule of rows without visits
+        ("ratio", lambda ours, rival: rows.Ratio(*[rival["median_ms"] / ours["median_ms"]] * 3)),  # of medians
     ],
 )
 def test_other_rules_are_found_out(name, value, monkeypatch):
@@ -93,10 +93,13 @@ def test_the_interval_of_a_median(n, cut):
     assert rows.interval(list(range(4))) is None
 
 
-def test_rows_without_visits_keep_their_rule():
+def test_rows_without_visits_enough_are_not_judged():
     ours, rival = ({"median_ms": m, "p20_ms": m - 1, "p80_ms": m + 1} for m in (10.0, 20.0))
-    assert rows.ratio(ours, rival) is None and rows.verdict(ours, rival) == "faster"
-    assert rows.ratio(ours | {"visits_ms": [10.0] * 8}, rival | {"visits_ms": [20.0] * 7}) is None
+    for own, its in (({}, {}), ([10.0] * 8, [20.0] * 7), ([10.0] * 4, [20.0] * 4)):
+        pair = ours | {"visits_ms": own or None}, rival | {"visits_ms": its or None}
+        assert rows.ratio(*pair) is None and rows.verdict(*pair) == rows.UNJUDGED
+    case = dict.fromkeys(rows.CASE) | {"date": "1", "config": {}}
+    assert rows.verdicts([case | ours | {"contestant": OURS}, case | rival | {"contestant": "rival"}]) == {}
 
 
 def test_contradictions_and_near_misses_are_told_apart():

@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from uae_fast.config import Config, ConfigError, invariants, leaves, load_config, preset_names, save_config
+from uae_fast.config import Config, ConfigError, leaves, load_config, preset_names, save_config
+from uae_fast.config_checks import invariants
 
 
 def problems(path, text, *overrides):

@@ -2,10 +2,13 @@
 
 import os
 
+import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
+OLD_GPU = ON_GPU and torch.cuda.get_device_capability() < (8, 9)
+needs_fp8 = pytest.mark.skipif(OLD_GPU, reason="needs a GPU that has e4m3 numbers, sm_89 or newer")
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -31,13 +31,15 @@ def test_compiles_within_the_chips_limits(op, capability):
             str(kind[0]).removeprefix("tensordesc<").lstrip("*")[:4] in ("bf16", "fp16")
             for kind in launch.specialization
         )
-        if halves and op in ("fp8", "gated_residual", "qk_norm"):
+        if (halves and op in ("fp8", "gated_residual", "qk_norm")) or launch.name == "_sum_kernel":
             assert re.search(r"ld\.global\S*\.v4", ptx), f"{where} does not load 16 bytes at a time"
         if op == "fp8":
             assert "cvt.rn.satfinite.e4m3x2.f32" in ptx, f"{where} does not round to e4m3 in hardware"
             assert "st.global.b8" not in ptx, f"{where} stores e4m3 numbers one by one"
         if " = tt.dot" in launch.compiled.asm["ttir"]:
             assert halves or ".tf32" not in ptx, f"{where} rounds fp32 to tf32"
+            if launch.arguments.get("bias") is None:  # whose numbers come one by one
+                assert not re.search(r"ld\.global\S*\.[bu]16", ptx), f"{where} loads 2 bytes at a time"
             if capability == 90 and halves:
                 assert "wgmma" in ptx, f"{where} does not use wgmma"
 

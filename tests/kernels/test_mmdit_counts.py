@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.counts import NO_KERNEL, counted, one_attention
 
 BATCH, TOKENS = 2, 333  # one image with guidance, 77 + 256 text tokens
+POOLED = torch.empty(2048, device="meta", dtype=torch.bfloat16)
 
 
 def build(kind, layers, dual=()):
@@ -29,19 +30,14 @@ def full_size(pixels):
         for name, shape in (
             ("hidden_states", (16, pixels // 8, pixels // 8)),
             ("encoder_hidden_states", (TOKENS, 4096)),
-            ("pooled_projections", (2048,)),
             ("timestep", ()),
         )
-    }
+    } | {"pooled_projections": POOLED.expand(BATCH, -1)}
 
 
-@pytest.fixture
-def meta_table(monkeypatch):
+def meta_table(model, steps=40):
     """A table for meta tensors, whose values nobody can compare: a look-up that waited for one would raise."""
-    monkeypatch.setattr(ModulationTable, "serves", lambda self, pooled: True)
-    return lambda model, steps=40: ModulationTable(
-        model, torch.empty(steps, device="meta"), torch.empty(2048, device="meta", dtype=torch.bfloat16)
-    )
+    return ModulationTable(model, torch.empty(steps, device="meta"), POOLED)
 
 
 def counts_of(model, given, capability=90):
@@ -62,7 +58,7 @@ LAUNCHES = {"large": (83, 14, 12), "medium": (109, 18, 16)}
 
 @pytest.mark.parametrize("pixels", [512, 1024])
 @pytest.mark.parametrize("kind", ["large", "medium"])
-def test_launches_and_bytes_of_a_block(kind, pixels, meta_table):
+def test_launches_and_bytes_of_a_block(kind, pixels):
     """SD3.5-medium's with dual attention."""
     models, given = [build(kind, layers, 9 if kind == "medium" else 0) for layers in (3, 4)], full_size(pixels)
     theirs = one_block(models, given)
@@ -107,7 +103,7 @@ def test_gelu_has_its_own_launch_where_the_epilogue_does_not_pay():
     assert [found.count("gelu") for found in names] == [0, 0, 2] and len(names[2]) == len(names[1]) + 2
 
 
-def test_parameters_on_the_device(meta_table):
+def test_parameters_on_the_device():
     """SD3.5-large in bf16 with the table of 40 steps, all its layers."""
     model = build("large", 38)
     everything = sum(p.nbytes for p in model.parameters())
@@ -119,7 +115,7 @@ def test_parameters_on_the_device(meta_table):
     assert table.values.nbytes < 0.09e9 and resident + table.values.nbytes < 10.85e9
 
 
-def test_parameters_on_the_device_in_fp8(meta_table):
+def test_parameters_on_the_device_in_fp8():
     """The same with its blocks' products in e4m3: their numbers, a scale a row, and what is not theirs."""
     model = build("large", 38)
     accelerate_sd3(model, fp8=True, modulation_table=meta_table(model))

@@ -152,7 +152,7 @@ def test_second_derivatives_raise():
     logits = torch.randn(3, 5, requires_grad=True)
     logp = token_logprobs(logits, torch.tensor([0, 4, 2]))
     (grad,) = torch.autograd.grad(logp.square().sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
 
 

@@ -206,7 +206,7 @@ def test_opcheck(kind, device):
     rewards = torch.randn(4, 2, device=device)
     ids = torch.tensor([0, 1, 0, 1], device=device)
     group = (None, 2) if kind == "group_size" else (ids, None)
-    options = group[0], None, pack(1e-4, None, 0.5, 2.0), group[1], "normalize_then_sum", "group", True, False, True
+    options = group[0], None, pack(1e-4, None, 0.5, 2.0), group[1], "normalize_then_sum", "group", True, False
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     torch.library.opcheck(advantages._forward, (rewards.requires_grad_(), *options), test_utils=checks)
     inputs = torch.randn(4, device=device), rewards.detach(), *options

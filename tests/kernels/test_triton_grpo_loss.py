@@ -250,9 +250,9 @@ def test_groups_of_zero_advantage(device):
     for flags in (zero, zero * 0, zero * 0 + 1):
         sums[5] = flags
         for group in (1, 2, 3, 4, 6, 12):
-            loss, metrics, state = (torch.empty(n, device=device) for n in (1, 6, 3))
+            loss, metrics, state = (torch.empty(n, device=device) for n in (1, 6, 2))
             launch(
-                KERNELS._reduce_kernel, (1,), sums, None, None, loss, metrics, state, 12, group, math.nan, 0.0,
+                KERNELS._reduce_kernel, (1,), sums, None, loss, metrics, state, 12, group, math.nan, 0.0,
                 BY_TOKENS=True, SUMS=KERNELS.SUMS, SEQUENCES=4,
             )  # fmt: skip
             assert metrics[5].item() == pytest.approx(flags.view(-1, group).all(1).float().mean().item(), abs=1e-7)

@@ -1,13 +1,12 @@
-import importlib
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from measures import ON_GPU, relative_error
+from uae_kernels import _linear_fused as fused
 from uae_kernels import linear_logprobs, reference
+from uae_kernels.linear_logprobs import active_logprobs
 
-module = importlib.import_module("uae_kernels.linear_logprobs")
 OPTIONS = [{}, {"softcap": 4.0, "logit_scale": 1.6, "temperature": 0.7}]
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2.5e-3, torch.float16: 1e-3}
 
@@ -123,7 +122,7 @@ def test_blocks_of_rows_and_pieces_of_the_vocabulary(monkeypatch, device):
     for needed in ((True, False, False), (True, True, True)):
         whole = run(linear_logprobs, inputs, targets, needed)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "SCRATCH", 20_000)
+            patch.setattr(fused, "SCRATCH", 20_000)
             pieces = run(linear_logprobs, inputs, targets, needed)
         for a, b in zip(whole[0], pieces[0], strict=True):
             assert torch.equal(a, b)
@@ -198,12 +197,12 @@ def test_descriptors_change_no_bit(dtype, monkeypatch, device):
         pytest.skip("needs sm_90")
     *inputs, targets = problem(37, 48, 75, dtype, device)
     results = []
-    for make in (module._descriptor, lambda *_: None):
+    for make in (fused._descriptor, lambda *_: None):
         if not ON_GPU:
-            monkeypatch.setattr(module._triton, "capability", lambda tensor: 90)
-            small = {(90, size, False): module.Tiles(16, 32, 16, 4, 1) for size in (2, 4)}
-            monkeypatch.setattr(module, "TILES", small)
-        monkeypatch.setattr(module, "_descriptor", make)
+            monkeypatch.setattr(fused._triton, "capability", lambda tensor: 90)
+            small = {(90, size, False): fused.Tiles(16, 32, 16, 4, 1) for size in (2, 4)}
+            monkeypatch.setattr(fused, "TILES", small)
+        monkeypatch.setattr(fused, "_descriptor", make)
         results.append(
             [run(linear_logprobs, inputs, targets, needed) for needed in ((True, False, False), (True,) * 3)]
         )
@@ -211,12 +210,20 @@ def test_descriptors_change_no_bit(dtype, monkeypatch, device):
         assert all(torch.equal(x, y) for x, y in zip([*a[0], *a[1]], [*b[0], *b[1]], strict=True))
 
 
+def test_rows_that_share_memory_have_no_descriptor(monkeypatch):
+    monkeypatch.setattr(fused._triton, "capability", lambda tensor: 90)
+    rows = torch.zeros(16, 72, dtype=torch.bfloat16)
+    assert fused._descriptor(rows, 16, 16) is not None and fused._descriptor(rows[:, :64], 16, 16) is not None
+    for shared in (rows[:1].expand(16, 72), rows.as_strided((8, 72), (64, 1))):
+        assert fused._descriptor(shared, 16, 16) is None
+
+
 def test_inactive_rows_have_values_and_no_jacobian(device):
     hidden, weight, _, targets = problem(50, 24, 60, torch.float32, device)
     active = torch.arange(50, device=device) % 3 == 0
     options = None, 1.0, None, 1.0, -100, False, False, "triton"
     h = hidden.clone().requires_grad_()
-    logp = module.active_logprobs(h, weight, targets, active, *options)
+    logp = active_logprobs(h, weight, targets, active, *options)
     assert torch.equal(logp, linear_logprobs(hidden, weight, targets, impl="triton"))
     (grad,) = torch.autograd.grad(logp.sum(), h)
     full = hidden.clone().requires_grad_()
@@ -228,15 +235,15 @@ def test_tiles_without_active_rows_take_no_part_in_the_second_product(monkeypatc
     hidden, weight, _, targets = problem(300, 24, 60, torch.float32, device)
     active, untouched = torch.arange(300, device=device) % 3 == 0, []
 
-    def product(a, b, out, product=module._product, **options):
+    def product(a, b, out, product=fused._product, **options):
         product(a, b, out, **options)
         untouched.append(out.isnan().all(2).all(0).cpu())
 
-    monkeypatch.setattr(module, "_product", product)
-    module.active_logprobs(
+    monkeypatch.setattr(fused, "_product", product)
+    active_logprobs(
         hidden.requires_grad_(), weight, targets, active, None, 1.0, None, 1.0, -100, False, False, "triton"
     )
-    filled = -(-100 // module.tiles_for(weight).rows) * module.tiles_for(weight).rows
+    filled = -(-100 // fused.tiles_for(weight).rows) * fused.tiles_for(weight).rows
     assert len(untouched) == 1 and untouched[0].tolist() == [i >= filled for i in range(len(untouched[0]))]
     assert filled < 300
 

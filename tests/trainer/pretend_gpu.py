@@ -15,6 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,8 @@ WAITS = {
     aten.repeat_interleave.Tensor, aten.unique_consecutive.default, aten._unique2.default, aten.unique_dim.default,
     aten.bincount.default,
 }  # fmt: skip
+SHARED = 49152  # bytes of shared memory of a block
+INT8 = "bitsandbytes::int8_vectorwise_quant"  # asks for outliers, on a GPU alone
 # Without an algorithm on GPUs that repeats bit for bit: `torch.use_deterministic_algorithms` has them raise there
 UNREPEATABLE = {
     aten._upsample_bicubic2d_aa_backward.default, aten._upsample_bilinear2d_aa_backward.default,
@@ -55,7 +58,7 @@ class OnGpu(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, elem: torch.Tensor, requires_grad: bool = False):
+    def __new__(cls, elem: torch.Tensor, requires_grad: bool = False, **_: Any):
         made = torch.Tensor._make_wrapper_subclass(
             cls, elem.shape, strides=elem.stride(), storage_offset=elem.storage_offset(), dtype=elem.dtype,
             device=META, requires_grad=requires_grad,
@@ -111,7 +114,7 @@ class Names(TorchFunctionMode):
     """Gives C++ the device that it knows."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.device:
+        if function in (torch.device, torch._C._nn._parse_to):
             return function(*args, **(kwargs or {}))
         args, kwargs = tuple(map(to_meta, args)), {k: to_meta(v) for k, v in (kwargs or {}).items()}
         if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == META:
@@ -137,6 +140,7 @@ class Gpu(TorchDispatchMode):
         waits: how often a line had the host wait for the device, by "file:function:operator".
         pinned: addresses of pinned memory, from which copies need not wait.
         deterministic: whether operators without an algorithm that repeats raise.
+        current: the current device, as `set_device` made it.
     """
 
     def __init__(self, deterministic: bool = False):
@@ -144,7 +148,14 @@ class Gpu(TorchDispatchMode):
         self.waits = Counter[str]()
         self.pinned = set[int]()
         self.deterministic = deterministic
+        self.current = torch.device("cuda")
         self.tape: Tape | None = None
+
+    def set_device(self, device: torch.device) -> None:
+        self.current = device
+
+    def synchronize(self, *_: Any) -> None:
+        self.waits[f"{asked()}:synchronize"] += 1
 
     # ---- operators --------------------------------------------------------------------------------------------------
 
@@ -174,7 +185,7 @@ class Gpu(TorchDispatchMode):
                 # A 0-d tensor's number goes along with the launch of an operator, not with a copy
                 if not (free and (pinned or self.tape is None) and destination):
                     self.wait(function)
-        elif function in WAITS and here:
+        elif (function in WAITS or function._schema.name == INT8) and here:
             self.wait(function)
         elif function in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             for index in args[1]:
@@ -182,6 +193,10 @@ class Gpu(TorchDispatchMode):
                     self.wait(function)
         elif here and foreign and function.namespace != "uae_kernels":
             raise RuntimeError(f"{function}: tensors on two devices, at {asked()}")
+        if function is aten._upsample_bicubic2d_aa.default and here:
+            height, width = (2 * -(-2 * a // b) + 1 for a, b in zip(args[0].shape[-2:], args[1], strict=True))
+            if 4 * (32 * width + 33 * height) > SHARED:
+                raise RuntimeError(f"Too much shared memory required: {width} and {height} pixels, at {asked()}")
         if self.deterministic and here:
             floats = function is aten.cumsum.default and args[0].is_floating_point()
             if floats or function in UNREPEATABLE:
@@ -210,6 +225,8 @@ class Gpu(TorchDispatchMode):
     def calculate(function: Any, args: tuple, kwargs: dict) -> Any:
         if function is aten.mm.dtype:  # a GPU's alone
             return args[0].to(args[2]) @ args[1].to(args[2])
+        if function is aten.div.Tensor and isinstance(args[1], float) and args[0].dtype == torch.float32:
+            return args[0] * (1 / torch.tensor(args[1])).item()  # the reciprocal of a number, rounded
         return function(*args, **kwargs)
 
     # ---- graphs -----------------------------------------------------------------------------------------------------
@@ -330,6 +347,55 @@ def apart(function: Callable) -> Callable:
     return called
 
 
+@cache
+def on_gpu_too(kind: type) -> type:
+    """A class of parameters, as bitsandbytes has them, whose instances are on the GPU."""
+    if issubclass(kind, OnGpu):
+        return kind
+    return type(kind.__name__, (kind, OnGpu), {"__torch_dispatch__": OnGpu.__torch_dispatch__})
+
+
+def same_kind(self: torch.Tensor) -> torch.Tensor:
+    """`detach` of such a parameter, as `torch.utils.swap_tensors` wants it."""
+    made = torch.Tensor._make_subclass(type(self), self if isinstance(self, OnGpu) else torch.Tensor.detach(self))
+    vars(made).update({k: v for k, v in vars(self).items() if k != "elem"})
+    return made
+
+
+def made_on_gpu(make: Callable) -> Callable:
+    """`Tensor._make_subclass` that leaves on the GPU what is there."""
+
+    def called(kind: type, data: torch.Tensor, requires_grad: bool = False, **options: Any) -> torch.Tensor:
+        if not isinstance(data, OnGpu):
+            return make(kind, data, requires_grad, **options)
+        return OnGpu.__new__(on_gpu_too(kind), data.elem, requires_grad)
+
+    return called
+
+
+def quantized_on_gpu(quantize: Callable) -> Callable:
+    """`_quantize` of bitsandbytes' parameters: by its CPU's kernels, and then sent, as their library would have it."""
+
+    def called(self: torch.Tensor, device: torch.device) -> torch.Tensor:
+        kind = type(self).__mro__[1] if isinstance(self, OnGpu) else type(self)
+        options = {k: v for k, v in vars(self).items() if k not in ("elem", "module", "data")}
+        host = kind(unwrap(self.data), **{"requires_grad": False} | options)
+        apart(quantize)(host, torch.device("cpu"))
+        sent = on_gpu_too(kind).__new__(on_gpu_too(kind), wrap(host.data), **{"requires_grad": False} | options)
+        for name in ("quant_state", "bnb_quantized", "SCB"):
+            if name in vars(host):
+                setattr(sent, name, vars(host)[name])
+        if getattr(self, "module", None) is not None:
+            sent.module, self.module.quant_state = self.module, sent.quant_state
+        if getattr(sent, "quant_state", None) is not None:
+            sent.quant_state.to(device)
+        if getattr(sent, "SCB", None) is not None:
+            sent.CB, sent.SCB = sent.data, sent.SCB.to(device)
+        return sent
+
+    return called
+
+
 @contextmanager
 def gpu(deterministic: bool = False) -> Iterator[Gpu]:
     """Within, PyTorch has a GPU."""
@@ -338,7 +404,7 @@ def gpu(deterministic: bool = False) -> Iterator[Gpu]:
     from uae_fast.bnb import import_bitsandbytes
     from uae_fast.models import loading
 
-    import_bitsandbytes()  # looks for GPUs
+    bitsandbytes = import_bitsandbytes()  # looks for GPUs
 
     @contextmanager
     def within(*_: Any, **__: Any) -> Iterator[None]:
@@ -353,7 +419,8 @@ def gpu(deterministic: bool = False) -> Iterator[Gpu]:
         "get_device_name": lambda *_: properties.name, "get_device_properties": lambda *_: properties,
         "Stream": Stream, "Event": Event, "stream": within, "device": within, "current_stream": lambda *_: stream,
         "empty_cache": lambda: None, "memory_reserved": lambda *_: 0, "max_memory_allocated": lambda *_: 0,
-        "reset_peak_memory_stats": lambda *_: None, "synchronize": lambda *_: None, "CUDAGraph": Graph,
+        "reset_peak_memory_stats": lambda *_: None, "synchronize": made.synchronize, "CUDAGraph": Graph,
+        "set_device": made.set_device,
         "graph_pool_handle": lambda: (0, 1), "graph": made.graph, "get_rng_state_all": list,
         "is_current_stream_capturing": lambda: made.tape is not None, "manual_seed_all": lambda *_: None,
         "get_rng_state": lambda *_: torch.empty(0), "set_rng_state": lambda *_: None,
@@ -373,9 +440,15 @@ def gpu(deterministic: bool = False) -> Iterator[Gpu]:
             return kept
 
         patches.setattr(torch.Tensor, "pin_memory", pin)
+        patches.setattr(torch.Tensor, "_make_subclass", made_on_gpu(torch.Tensor._make_subclass))
+        for kind in (bitsandbytes.nn.Params4bit, bitsandbytes.nn.Int8Params):
+            patches.setattr(kind, "_quantize", quantized_on_gpu(kind._quantize))
+            patches.setattr(kind, "detach", same_kind)
+        torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter that moves stays the one it was
         _present.append(made)
         try:
             with torch.autograd.set_multithreading_enabled(False), Names(), made:
                 yield made
         finally:
             _present.pop()
+            torch.__future__.set_swap_module_params_on_conversion(False)

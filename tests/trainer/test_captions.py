@@ -3,9 +3,8 @@
 import pytest
 import torch
 from PIL import Image
+from test_graphs import Tape
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from uae_kernels import linear_logprobs
 
 from uae_fast.config import load_config
@@ -146,31 +145,12 @@ def test_captions_are_the_same_again_bit_for_bit(encoder, prompt):
     assert torch.equal(first.ids, again.ids) and torch.equal(first.logprobs, again.logprobs)
 
 
-class Recorded(TorchDispatchMode):
-    """Records operators as a CUDA graph does: `replay` runs them on the same tensors, whatever Python would now do."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, result))
-        return result
-
-    def replay(self):
-        for function, args, kwargs, result in self.calls:
-            for kept, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
-                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
-                    kept.copy_(new)
-
-
 @torch.no_grad()
 def test_a_recorded_step_writes_what_the_step_itself_writes(encoder, prompt, every, monkeypatch):
     graphs = []
 
     def recorded(step, _):
-        with Recorded() as graph:
+        with Tape() as graph:
             step()
         graphs.append(graph)
         return graph.replay
@@ -181,7 +161,7 @@ def test_a_recorded_step_writes_what_the_step_itself_writes(encoder, prompt, eve
     replayed, shapes = watched(encoder, lambda: write(encoder, prompt, draws, 1.0))
     assert torch.equal(plain[0], replayed[0]) and torch.equal(plain[1], replayed[1])
     assert len(shapes) == 1 + len(graphs) < 6  # Python ran the prompts, and one step of each batch
-    names = {function.name() for graph in graphs for function, *_ in graph.calls}
+    names = {function.name() for graph in graphs for function, *_ in graph.operations}
     assert not names & {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::lift_fresh"}
 
 

@@ -19,11 +19,10 @@ VIEWS = {
 }  # fmt: skip
 
 
-def build(mode, accelerate=True):
+def build(mode, accelerate=True, *options):
     """A decoder whose adapter, if it has one, does something."""
-    decoder = load_models(
-        load_config("tiny", [f"models.decoder={mode}", f"same_sampler.accelerate={accelerate}"])
-    ).decoder
+    given = [f"models.decoder={mode}", f"same_sampler.accelerate={accelerate}", *options]
+    decoder = load_models(load_config("tiny", given)).decoder
     generator = torch.Generator().manual_seed(0)
     for name, parameter in decoder.transformer.named_parameters():
         if ".lora_B." in name:

@@ -6,26 +6,23 @@ import resource
 import subprocess
 
 import pytest
+import test_signals
 from equal_runs import assert_equal_runs
 
 import uae_fast.trainer
 from uae_fast.checkpoint import checkpoints, newest_checkpoint, read_state
 from uae_fast.cli import main
-from uae_fast.config import load_config, save_config
+from uae_fast.config import save_config
 from uae_fast.evaluate.heldout import Evaluator
 from uae_fast.guards import RunFailed, disk_failures
 from uae_fast.trainer import train
 
 
 def configuration(world, folder, *overrides):
-    return load_config("tiny", [
-        f"run={folder / 'run'}", f"data.train={world / 'train'}", f"data.heldout={world / 'heldout'}",
-        "stages=[2,3]", "models.encoder=lora", "models.decoder=lora", "checkpoint.every=1",
-        "stage2.steps=2", "stage2.images=2", "stage2.group_size=4", "stage2.micro_batch=8",
-        "stage3.steps=1", "stage3.images=2", "stage3.group_size=4", "stage3.micro_batch=8",
-        "evaluate.images=2", "evaluate.gallery=2", "render.batch=8", "render.steps=4", "stage3.window_end=3",
-        "reporters=[]", *overrides,
-    ])  # fmt: skip
+    """A checkpoint a step: two of stage 2, one of stage 3."""
+    often = ("checkpoint.every=1", "checkpoint.keep=2", "stage3.steps=1", "evaluate.gallery=2")
+    whole = ("stage2.micro_batch=8", "stage3.micro_batch=8")
+    return test_signals.configuration(world, folder, *often, *whole, *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
+import test_decoder
 import torch
 from equal_runs import assert_equal_runs, rows
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,12 +79,7 @@ def capturing():
 
 def build(mode="full", *options):
     """A decoder with an adapter, if it has one, that does something; its recorder."""
-    decoder = load_models(load_config("tiny", [f"models.decoder={mode}", *options])).decoder
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in decoder.transformer.named_parameters():
-        if ".lora_B." in name:
-            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    return decoder, Tapes()
+    return test_decoder.build(mode, True, *options), Tapes()
 
 
 def drawn(decoder, recorder=None, *, scale=3.0, steps=8, seed=0, batch=4, lengths=None, shortcuts=SHORT, shared=True):

@@ -219,6 +219,8 @@ def lack(kind="PyTorch"):
     """Raises what comes of too little memory: PyTorch's, a library's, or the end of a recording that failed for it."""
     if kind == "library":
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    if kind == "kernel":
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
     try:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     finally:
@@ -270,7 +272,7 @@ def test_out_of_memory_halves_the_micro_batch(make, monkeypatch, capsys, number,
     assert differing_tensors(run / "ending", ours) == []
 
 
-@pytest.mark.parametrize("kind", ["library", "recording"])
+@pytest.mark.parametrize("kind", ["library", "kernel", "recording"])
 def test_memory_runs_out_under_other_names(make, monkeypatch, capsys, kind):
     run_out(monkeypatch, STAGE[3], "rollout", 2, kind=kind)
     train(make(3, "stage3.steps=1", run="large"))

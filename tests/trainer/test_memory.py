@@ -47,7 +47,10 @@ def built(config, number):
 )
 def test_an_updates_peak_is_predicted_within_a_tenth(world, number, mode, checkpointing):
     options = [f"models.encoder={mode}", f"models.decoder={mode}", f"models.gradient_checkpointing={checkpointing}"]
-    config = load_config("tiny", [*LARGER, *options, f"data.train={world / 'train'}"])
+    check_update(load_config("tiny", [*LARGER, *options, f"data.train={world / 'train'}"]), number)
+
+
+def check_update(config, number):
     predicted = next(phase for phase in predict(config, [number])[number] if phase.name == "updating")
     stage, _ = built(config, number)
     images = ImageFolder(config.data.train, "data.train").batch(0, stage.settings.images, 0, stage.name)
@@ -58,15 +61,26 @@ def test_an_updates_peak_is_predicted_within_a_tenth(world, number, mode, checkp
     assert predicted.passing == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("engine", ["uae", "generate"])
-def test_the_peaks_of_a_rollout_are_predicted_within_a_tenth(world, engine):
-    options = ["render.batch=32", f"caption.engine={engine}", f"data.train={world / 'train'}"]
+@pytest.mark.parametrize(
+    "engine, dtype, kind",
+    [("uae", "float32", "none"), ("generate", "float32", "none"), ("uae", "bfloat16", "none"),
+     ("uae", "bfloat16", "nf4"), ("uae", "bfloat16", "fp8")],
+)  # fmt: skip
+def test_the_peaks_of_a_rollout_are_predicted_within_a_tenth(world, engine, dtype, kind):
+    """A CPU casts whole operands where an adapter's fp32 meets bf16, which adapters over NF4 leave out."""
+    options = ["render.batch=32", f"caption.engine={engine}", f"data.train={world / 'train'}", f"models.dtype={dtype}"]
+    if dtype == "bfloat16":
+        for part in ("encoder", "decoder"):
+            options += [f"models.{part}=lora", f"models.{part}_quantization={kind}"]
     config = load_config("tiny", [*LARGER, *options])
-    predicted = {phase.name: phase.passing for phase in predict(config, [2])[2]}
+    predictor = Predictor(config)
+    predicted = {phase.name: phase.passing for phase in predictor.phases(2)}
     models = load_models(config)
+    models.encoder.freeze_reader()
     data = ImageFolder(config.data.train, "data.train")
     prompt = models.encoder.prompt([example.image for example in data.batch(0, 4, 0, "stage2")])
     encoder, captions = models.encoder, ["w20"] * 32
+    assert predictor.prompt_length == prompt.ids.shape[1]
     context = models.condition(captions).detach()
     noise, guidance = list(range(32)), Guidance()
     images = torch.rand(32, 3, 32, 32)
@@ -82,9 +96,7 @@ def test_the_peaks_of_a_rollout_are_predicted_within_a_tenth(world, engine):
     }
     held = {"drawing": context.nbytes, "rewarding": images.nbytes}  # of what a prediction holds and these were handed
     for name, value in measured.items():
-        # A CPU's convolutions, the VAE's here, keep their operands in a second layout: workspaces are not predicted.
-        tolerance = 0.3 if name == "drawing" else 0.1
-        assert predicted[name] == pytest.approx(value + held.get(name, 0), rel=tolerance), name
+        assert predicted[name] == pytest.approx(value + held.get(name, 0), rel=0.1), name
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "int8", "fp8"])
@@ -143,13 +155,7 @@ def test_resident_bytes_of_an_accelerated_decoder_are_exact_in_each_stage(world,
 def test_an_accelerated_updates_peak_is_predicted_within_a_tenth(world, number, checkpointing, kind):
     options = [f"models.{part}=lora" for part in ("encoder", "decoder")]
     options += [f"models.decoder_quantization={kind}", f"models.gradient_checkpointing={checkpointing}"]
-    config = load_config("tiny", [*FUSED, *options, f"data.train={world / 'train'}"])
-    predicted = next(phase for phase in predict(config, [number])[number] if phase.name == "updating")
-    stage, _ = built(config, number)
-    images = ImageFolder(config.data.train, "data.train").batch(0, stage.settings.images, 0, stage.name)
-    rollout = stage.rollout(images, 0)
-    measured = peak(lambda: stage.loss(rollout, slice(0, stage.settings.micro_batch))[0].backward())
-    assert predicted.passing == pytest.approx(measured, rel=0.1)
+    check_update(load_config("tiny", [*FUSED, *options, f"data.train={world / 'train'}"]), number)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])

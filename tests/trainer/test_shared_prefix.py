@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from PIL import Image
+from test_stages import gradients
 from torch.utils.checkpoint import CheckpointError
 from uae_kernels import shared_prefix_attention
 
@@ -69,14 +70,7 @@ def build(mode, *options):
 def losses(stage, rollout, parameters, shared, size=12):
     """The step's loss and the gradient of every parameter."""
     stage.settings.shared_prefix = shared
-    for parameter in parameters:
-        parameter.grad = None
-    total = 0.0
-    for start in range(0, len(rollout), size):
-        loss, _ = stage.loss(rollout, slice(start, start + size))
-        loss.backward()
-        total += loss.item()
-    return total, [p.grad for p in parameters]
+    return gradients(stage, rollout, parameters, size)
 
 
 def difference(found, expected):

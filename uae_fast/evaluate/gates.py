@@ -17,7 +17,6 @@ import copy
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from ..files import write_whole
 from ..logging import ProgressLine
 from ..models import Models
 from ..models.loading import check_fp8, load_models, run_device
+from ..phases import Stopwatch
 from ..seeds import derive_seed
 from .agreement import agreement
 
@@ -205,26 +205,21 @@ def draw_task(config: Config, models: Models, task: Task, title: str) -> Drawn:
     """Rewards and images of a task. On a GPU the first chunk is drawn once more beforehand, and the rest is timed."""
     from ..rollout.renders import draw
 
-    gpu = models.decoder.device.type == "cuda"
-    rewards, images, seconds = [], [], 0.0
+    gpu, watch = models.decoder.device.type == "cuda", Stopwatch(models.decoder.device)
+    rewards, images = [], []
     if gpu:
         draw(config, models, *next(task.chunks())[1:])
     with ProgressLine(f"drawing  {title}", len(task.examples)) as progress:
         for examples, texts, seeds in task.chunks():
-            if gpu:
-                torch.cuda.synchronize(models.decoder.device)
-            start = time.perf_counter()
-            drawn = draw(config, models, texts, seeds)
-            if gpu:
-                torch.cuda.synchronize(models.decoder.device)
-            seconds += time.perf_counter() - start
+            with watch.running("drawing"):
+                drawn = draw(config, models, texts, seeds)
             source = models.reward.embed_sources([e.image for e in examples], [("gate", e.id) for e in examples])
             size = len(texts) // len(examples)
             rewards.append(models.reward(drawn, source.repeat_interleave(size, 0)).view(-1, size).cpu())
             images.append(drawn.cpu())
             progress.advance(len(examples))
     found = torch.cat(images)
-    return Drawn(torch.cat(rewards), found, len(found) / seconds if gpu else None)
+    return Drawn(torch.cat(rewards), found, len(found) / watch.seconds()["drawing"] if gpu else None)
 
 
 def drawing_flops(config: Config) -> int:
@@ -244,16 +239,13 @@ def drawing_flops(config: Config) -> int:
     captions, seeds = [f"{WORD} {i % size}" for i in range(rows)], [i // size for i in range(rows)]
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # not among the counter's own
     attention = {operator: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    totals = []
+    everything, reading = (FlopCounterMode(display=False, custom_mapping=attention) for _ in range(2))
     with predictor.mode, torch.no_grad():
-        for call in (
-            lambda: draw(predictor.config, predictor.models, captions, seeds),
-            lambda: predictor.models.condition(captions),
-        ):
-            with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-                call()
-            totals.append(counter.get_total_flops())
-    return (totals[0] - totals[1]) // rows
+        with everything:
+            draw(predictor.config, predictor.models, captions, seeds)
+        with reading:
+            predictor.models.condition(captions)
+    return (everything.get_total_flops() - reading.get_total_flops()) // rows
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -271,19 +263,18 @@ def compare(configure: Configure, count: int) -> dict[str, Any]:
     base = found[0].reference
     heldout = open_images(base.data.heldout, "data.heldout", base.data)
     examples = [heldout[i] for i in range(min(count, len(heldout)))]
-    models, loaded = load_models(base), base
+    models: Any = load_models(base)
     models.encoder.freeze_reader()
-    task = make_task(base, models, examples)
-    device = models.decoder.device
+    task, loaded, device = make_task(base, models, examples), base, models.decoder.device
     pairs = [[json.dumps(asdict(config), sort_keys=True) for config in (v.reference, v.config)] for v in found]
     drawn: dict[str, Drawn] = {}
     rows = []
     for i, (variant, pair) in enumerate(zip(found, pairs, strict=True)):
-        names = (variant.against, variant.name)
-        for config, key, name in zip((variant.reference, variant.config), pair, names, strict=True):
+        samplers = (variant.reference, variant.against), (variant.config, variant.name)
+        for key, (config, name) in zip(pair, samplers, strict=True):
             if key not in drawn:
                 if config is not loaded:
-                    models, loaded = None, config  # type: ignore[assignment]
+                    models, loaded = None, config  # the old ones go first
                     models = load_models(config)
                     models.encoder.freeze_reader()
                 drawn[key] = draw_task(config, models, task, name)
@@ -350,14 +341,12 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _gate(kind: str) -> str:
-    words = {"spearman": "ρ", "cosine": "a cosine"}
-    return " and ".join(f"{words[name]} ≥ {least:.2f}" for name, least in GATES[kind].items())
-
-
 def notes(result: dict[str, Any]) -> list[str]:
     """What a reader of the table has to know."""
-    rows = result["rows"]
+    rows, words = result["rows"], {"spearman": "ρ", "cosine": "a cosine"}
+    same, cheap = (
+        " and ".join(f"{words[name]} ≥ {least:.2f}" for name, least in GATES[kind].items()) for kind in (SAME, CHEAPER)
+    )
     spread = sorted({(row["groups"], row["zero_variance_groups"]) for row in rows})
     groups = ", ".join(f"{kept} ({left} more have captions of one reward and are left out)" for kept, left in spread)
     gpu = any(row["images_per_second"] for row in rows)
@@ -366,7 +355,7 @@ def notes(result: dict[str, Any]) -> list[str]:
         f"{result['images']} held-out images × {result['group_size']} captions, {result['resolution']}², "
         f"{result['steps']} steps, seed {result['seed']}. Images that count: {groups}. ± is a standard error over "
         "images.",
-        f"Gates: a same sampler has {_gate(SAME)}, a cheaper one {_gate(CHEAPER)}.",
+        f"Gates: a same sampler has {same}, a cheaper one {cheap}.",
         "Speed is counted, not measured: FLOPs of an image, the reference's over the sampler's; "
         + ("ρ²·speed has measured images a second in its place." if gpu else "the rank goes by it."),
     ]
@@ -423,7 +412,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
     plt.close(figure)
 
 
-def gate(configure: Configure, name: str, out: Path, count: int = 64) -> int:
+def run_gate(configure: Configure, name: str, out: Path, count: int) -> int:
     """Compares, prints the table, and writes `gate.json` and `gate.png` into `out`.
 
     Args:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,11 +22,13 @@ from ..logging import ProgressLine
 from ..models import Models
 from ..models.sources import models_folder
 from ..parquet import ParquetImages
+from ..report import summarise
 from ..rollout.captions import Captions, sample_captions
 from ..rollout.renders import draw
 from ..seeds import derive_seed
+from ..team import Team
 from ..tiny.classifier import Classifier
-from ..tiny.scenes import Scene, caption_scores, read_scene
+from ..tiny.scenes import caption_scores, scenes_by_caption
 
 ImageSet = ImageFolder | ParquetImages
 
@@ -35,11 +37,12 @@ class Evaluator:
     """Measures a run on its held-out images, always the same ones with the same noise.
 
     Every moment leaves ``samples/MOMENT/scores.jsonl``, a row an image, and the reconstructions of the first few. What
-    the images' `captions.jsonl` does not tell (attributes, complete captions) is left null.
+    the images' `captions.jsonl` does not tell (attributes, complete captions) is left null. Of several processes each
+    takes whole batches, and process 0 writes.
     """
 
     def __init__(self, config: Config, models: Models, data: ImageSet, folder: Path):
-        self.config, self.models, self.folder = config, models, folder
+        self.config, self.models, self.folder, self.team = config, models, folder, Team()
         self.count = min(config.evaluate.images, len(data))
         self.data = data
         self.pictures = picture_names(data.files)
@@ -54,7 +57,8 @@ class Evaluator:
 
     def forget(self, moment: str) -> None:
         """Removes what a moment left: it lies ahead of where the run goes on."""
-        shutil.rmtree(self.folder / "samples" / moment, ignore_errors=True)
+        if self.team.rank == 0:
+            shutil.rmtree(self.folder / "samples" / moment, ignore_errors=True)
 
     def ceiling(self) -> None:
         """The same with the complete captions of `captions.jsonl`: what a perfect writer would get."""
@@ -72,7 +76,7 @@ class Evaluator:
         previous: list[dict] = []
         for moment in MOMENTS:
             if rows[moment]:
-                summary[moment] = moment_summary(rows[moment], previous)
+                summary[moment] = summarise(rows[moment], previous)
                 previous = rows[moment]
         write_whole(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
@@ -85,7 +89,7 @@ class Evaluator:
     def shown(self, moment: str) -> tuple[dict[str, float], dict[str, tuple[Path, str]]]:
         """What reporters show of a moment: its numbers, and its drawings with what was written of each image."""
         rows, folder = self.scores(moment), self.folder / "samples" / moment
-        values = moment_summary(rows, []) if rows else {}
+        values = summarise(rows) if rows else {}
         pictures = {
             Path(row["picture"]).stem: (folder / row["picture"], row["caption"]) for row in rows if "picture" in row
         }
@@ -93,31 +97,44 @@ class Evaluator:
 
     @torch.no_grad()
     def _run(self, moment: str, write) -> None:
-        if self.count == 0 or self.scores(moment):
+        if self.count == 0 or self.team.exchange(bool(self.scores(moment)))[0]:
             return
-        config, models = self.config, self.models
         folder, sources = self.folder / "samples" / moment, self.folder / "samples" / "source"
-        for path in (folder, sources):
+        writes, size, rows = self.team.rank == 0, self.config.render.batch, list[dict]()
+        for path in (folder, sources) if writes else ():
             path.mkdir(parents=True, exist_ok=True)
-        rows: list[dict] = []
         with ProgressLine(f"measuring  {moment}", self.count) as progress:
-            for examples in batches(self.data, self.count, config.render.batch):
-                captions = write(examples)
-                images = draw_examples(config, models, examples, [caption for caption, _ in captions])
-                rewards = self._rewards(images, examples)
-                accuracies = self._accuracies(images, examples)
-                for i, example in enumerate(examples):
-                    caption, tokens = captions[i]
-                    said = {name: values[i] for name, values in rewards.items()}
-                    row = score(example, caption, tokens, said, accuracies[i])
-                    if len(rows) < config.evaluate.gallery:
-                        row["picture"] = self.pictures[example.file]
-                        for place, picture in ((folder, to_image(images[i])), (sources, example.image)):
-                            with writing(place / row["picture"]):
-                                picture.save(place / row["picture"])
-                    rows.append(row)
-                progress.advance(len(examples), f"reward {_mean(rows, 'reward'):.3f}")
-        write_whole(folder / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            while len(rows) < self.count:
+                # Where no batch is left for a process it takes the last one, too: all go through the same calls
+                start = min(len(rows) + self.team.rank * size, (self.count - 1) // size * size)
+                told = self.team.exchange(self._rows(start, min(start + size, self.count), write))
+                new = [row for found in told for row in found][: self.count - len(rows)]
+                for i, (row, picture) in enumerate(new if writes else (), len(rows)):
+                    if picture:
+                        drawn, source = folder / row["picture"], sources / row["picture"]
+                        with writing(drawn):
+                            drawn.write_bytes(bytes.fromhex(picture))
+                        with writing(source):
+                            self.data[i].image.save(source)
+                rows += [row for row, _ in new]
+                progress.advance(len(new), f"reward {_mean(rows, 'reward'):.3f}")
+        if writes:
+            write_whole(folder / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _rows(self, start: int, stop: int, write) -> list[tuple[dict, str]]:
+        """The scores of a batch of images, each with its drawing, where that is shown: a PNG file in hexadecimal."""
+        examples, found = [self.data[i] for i in range(start, stop)], list[tuple[dict, str]]()
+        captions = write(examples)
+        images = draw_examples(self.config, self.models, examples, [caption for caption, _ in captions])
+        rewards, accuracies = self._rewards(images, examples), self._accuracies(images, examples)
+        for i, (example, (caption, tokens)) in enumerate(zip(examples, captions, strict=True)):
+            said = {name: values[i] for name, values in rewards.items()}
+            row, picture = score(example, caption, tokens, said, accuracies[i]), io.BytesIO()
+            if start + i < self.config.evaluate.gallery:
+                row["picture"] = self.pictures[example.file]
+                to_image(images[i]).save(picture, "png")
+            found.append((row, picture.getvalue().hex()))
+        return found
 
     def _rewards(self, images: Tensor, examples: list[Example]) -> dict[str, list[float]]:
         """What the reward and, where there is one, the held-out encoder say of the reconstructions."""
@@ -131,7 +148,8 @@ class Evaluator:
 
     def _accuracies(self, images: Tensor, examples: list[Example]) -> list[float | None]:
         found: list[float | None] = [None] * len(examples)
-        scenes = {i: scene for i, example in enumerate(examples) if (scene := find_scene(example))}
+        known = {i: scenes_by_caption().get(example.caption or "") for i, example in enumerate(examples)}
+        scenes = {i: scene for i, scene in known.items() if scene}
         if self.classifier is not None and scenes:
             accuracies = self.classifier.accuracy(images[list(scenes)].cpu(), list(scenes.values()))
             for i, accuracy in zip(scenes, accuracies.tolist(), strict=True):
@@ -178,14 +196,6 @@ def picture_names(files: Sequence[str]) -> dict[str, str]:
     return dict(zip(files, names, strict=True))
 
 
-def find_scene(example: Example) -> Scene | None:
-    """The scene that an image's caption completely describes, if it is one of the small world."""
-    try:
-        return read_scene(example.caption or "")
-    except ValueError:
-        return None
-
-
 def score(
     example: Example, caption: str, tokens: int | None, rewards: dict[str, float], accuracy: float | None
 ) -> dict:
@@ -202,23 +212,6 @@ def score(
     }
 
 
-def moment_summary(rows: list[dict], previous: list[dict]) -> dict:
-    """A moment's entry in `summary.json`; gains are paired over images with the moment before."""
-    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
-    gains = rewards - torch.tensor([row["reward"] for row in previous], dtype=torch.float64) if previous else None
-    heldout = {"heldout_reward": _mean(rows, "heldout_reward")} if "heldout_reward" in rows[0] else {}
-    return {
-        **heldout,
-        "reward": rewards.mean().item(),
-        "reward_stderr": _stderr(rewards),
-        "reward_gain_stderr": None if gains is None else _stderr(gains),
-        "attribute_recall": _mean(rows, "recall"),
-        "attribute_precision": _mean(rows, "precision"),
-        "caption_tokens": _mean(rows, "tokens"),
-        "accuracy": _mean(rows, "accuracy"),
-    }
-
-
 def to_image(pixels: Tensor) -> Image.Image:
     """A tensor (3, H, W) in [0, 1] as an RGB image."""
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
@@ -227,10 +220,6 @@ def to_image(pixels: Tensor) -> Image.Image:
 def _mean(rows: list[dict], key: str) -> float | None:
     values = [row[key] for row in rows if row[key] is not None]
     return sum(values) / len(values) if values else None
-
-
-def _stderr(values: Tensor) -> float | None:
-    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def print_summary(summary: dict) -> None:

@@ -90,13 +90,13 @@ def reconstruct(config: Config, models: Models, data: ImageSet, out: Path, token
     """
     for length in (WHOLE, *map(str, tokens)):
         (out / length).mkdir(parents=True)
-    names, rows = picture_names(data.files), []
-    with ProgressLine("redrawing", count(config, data)) as progress:
-        for examples in batches(data, count(config, data), config.render.batch):
+    names, rows, count = picture_names(data.files), [], min(config.evaluate.images, len(data))
+    with ProgressLine("redrawing", count) as progress:
+        for examples in batches(data, count, config.render.batch):
             captions = write_captions(config, models, examples)
             for most in (None, *tokens):
                 texts = [text if most is None else cut(models, text, most) for text, _ in captions]
-                folder = out / (WHOLE if most is None else str(most))
+                folder = out / str(most or WHOLE)
                 for example, image in zip(examples, draw_examples(config, models, examples, texts), strict=True):
                     to_image(image).save(folder / names[example.file])
             rows += [
@@ -110,10 +110,6 @@ def reconstruct(config: Config, models: Models, data: ImageSet, out: Path, token
 def cut(models: Models, caption: str, tokens: int) -> str:
     """The first tokens of a caption, as text."""
     return models.encoder.tokenizer.decode(models.encoder.words(caption)[:tokens]).strip()
-
-
-def count(config: Config, data: ImageSet) -> int:
-    return min(config.evaluate.images, len(data))
 
 
 def find_reconstructions(names: Mapping[str, str], folder: Path) -> dict[str, Path]:
@@ -151,7 +147,7 @@ def compare(config: Config, data: ImageSet, judges: Sequence[Source], folder: Pa
         cosine}}}}; the published tables have these numbers times 100.
     """
     names = picture_names(data.files)
-    files = [data[i].file for i in range(count(config, data))]
+    files = [data[i].file for i in range(min(config.evaluate.images, len(data)))]
     paths = find_reconstructions({file: names[file] for file in files}, folder)
     device = run_device(config)
     found: dict[str, dict[str, Any]] = {}

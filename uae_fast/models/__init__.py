@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class Models:
     """The image encoder that is reported beside the reward and never trained on (`reward.heldout`)."""
     reader: str = "reader"
     """Who re-reads captions: "reader" (`condition.adapter: frozen`) or "policy" (`live`)."""
+    offloader: Any = None
+    """Who brings parts onto the device and sends them away (`models.offload`)."""
 
     @phase("conditions")
     def condition(self, captions: Sequence[str], role: str | None = None) -> Tensor:
@@ -42,10 +45,16 @@ class Models:
         context, lengths = self.condition([prompt], role), self.lengths([prompt])
         return context if lengths is None else context[:, : lengths[0]]
 
+    def bring(self, parts: Sequence[str]) -> None:
+        """Has the named parts, made trainable, on the device, so that an optimiser's state comes to lie there too."""
+        if self.offloader is not None:
+            for part in self.offloader.parts.keys() & parts:
+                self.offloader.bring(part)
+
     def freeze(self) -> None:
         """Nothing trains."""
-        for part in (self.encoder, self.decoder):
-            part.freeze()
+        self.encoder.freeze()
+        self.decoder.freeze()
         self.projector.requires_grad_(False)
 
     def to(self, device: torch.device) -> Models:

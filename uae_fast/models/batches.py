@@ -22,12 +22,13 @@ def in_batches(function: Callable[..., Tensor], batch: int, *tensors: Tensor) ->
 
 
 def by_length(
-    function: Callable[..., Tensor], lengths: Sequence[int] | None, context: Tensor, *tensors: Tensor
+    function: Callable[..., Tensor], batch: int, lengths: Sequence[int] | None, context: Tensor, *tensors: Tensor
 ) -> Tensor:
-    """`function(context, *tensors)` for the rows of each length apart, with so much of their context.
+    """`function(context, *tensors)` for the rows of each length apart, with so much of their context, `in_batches`.
 
     Args:
         function: gives as many rows as it gets.
+        batch: how many it gets.
         lengths: B numbers on the host; None leaves the context whole.
         context: (B, L, D).
         tensors: (B, ...) each.
@@ -35,15 +36,13 @@ def by_length(
     Returns:
         The results in the order of the rows.
     """
-    if lengths is None:
-        return function(context, *tensors)
-    if len(set(lengths)) == 1:
-        return function(context[:, : lengths[0]], *tensors)
+    if lengths is None or len(set(lengths)) == 1:
+        return in_batches(function, batch, context if lengths is None else context[:, : lengths[0]], *tensors)
     found: dict[int, Tensor] = {}
     for length in sorted(set(lengths)):
         rows = [i for i, own in enumerate(lengths) if own == length]
         parts = [pick(tensor, rows) for tensor in (context[:, :length], *tensors)]
-        found |= dict(zip(rows, function(*parts).unbind(), strict=True))
+        found |= dict(zip(rows, in_batches(function, batch, *parts).unbind(), strict=True))
     return torch.stack([found[i] for i in range(len(lengths))])
 
 

@@ -12,19 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import by_length, in_batches
+from .batches import by_length
 from .fp8 import calibrate_transformer, load_calibration, save_calibration
 
-LORA_TARGETS = [
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-]
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
 class Decoder(nn.Module):
@@ -45,10 +36,7 @@ class Decoder(nn.Module):
 
     def __init__(self, transformer, vae, scheduler, pooled: Tensor, vae_tiny=None):
         super().__init__()
-        self.transformer = transformer
-        self.vae = vae
-        self.vae_tiny = vae_tiny
-        self.scheduler = scheduler
+        self.transformer, self.vae, self.vae_tiny, self.scheduler = transformer, vae, vae_tiny, scheduler
         self.register_buffer("pooled", pooled.to(transformer.dtype))
         self.has_adapter = False
         self.reference_copy: nn.Module | None = None
@@ -58,13 +46,12 @@ class Decoder(nn.Module):
         self._schedules: dict[int, Tensor] = {}
         self._tabulated: list[Tensor] = []  # the schedules that have a table
         self._table: Any = None  # a ModulationTable
-        self._modulations_train = False
         self.fp8 = False  # whether a frozen transformer draws in fp8
         self.fp8_file: Path | None = None  # where its calibration is looked for
         self.fp8_calibrates = True  # whether one is made, and kept there, where there is none; else tokens have scales
         self._calibration: Any = None  # an Fp8Calibration
         self._calibrated: Tensor | None = None  # the schedule it is for
-        self._runs: list[dict[str, Any]] | None = None  # what the transformer is given, while that is recorded
+        self.runs: list[dict[str, Any]] | None = None  # what the transformer is given, while that is recorded
         self._uses_table = self._uses_fp8 = False  # the accelerated transformer, as it is now
         self._frozen, self._asked = True, False  # whether fp8_file was asked for a calibration
         for part in filter(None, (vae, vae_tiny)):
@@ -142,9 +129,13 @@ class Decoder(nn.Module):
         )
         self._uses_table, self._uses_fp8 = wanted, fp8
 
+    @property
+    def _draws_in_fp8(self) -> bool:
+        return self.fp8 and self._frozen and self.runs is None
+
     def _in_fp8(self, sigma: Tensor) -> bool:
         """Whether σ is drawn at in fp8."""
-        if not (self.fp8 and self._frozen) or self._runs is not None:
+        if not self._draws_in_fp8:
             return False
         if self._calibration is None:
             return not self.fp8_calibrates
@@ -155,10 +146,8 @@ class Decoder(nn.Module):
 
         A calibration that lies in `fp8_file` for the transformer as it is now is taken from there.
         """
-        if not (self.fp8 and self._frozen) or self._runs is not None:
-            return False
         sigmas = self.sigmas(steps)
-        if self._calibration is not None and _part_of(sigmas, self._calibrated):
+        if not self._draws_in_fp8 or (self._calibration is not None and _part_of(sigmas, self._calibrated)):
             return False
         if self.fp8_file is not None and self.fp8_file.is_file() and (self.fp8_calibrates or not self._asked):
             self._asked = True
@@ -170,19 +159,14 @@ class Decoder(nn.Module):
                 print(f"fp8: {error}", flush=True)
         return self.fp8_calibrates
 
-    @property
-    def notes_steps(self) -> bool:
-        """Whether this is within `recorded`: what Python calls the transformer with is being kept."""
-        return self._runs is not None
-
     @contextmanager
     def recorded(self) -> Iterator[list[dict[str, Any]]]:
-        """Within, what the transformer is given is kept in a list, for `calibrate`, and nothing is drawn in fp8."""
-        self._runs = []
+        """Within, what the transformer is given is kept in `runs`, for `calibrate`, and nothing is drawn in fp8."""
+        self.runs = []
         try:
-            yield self._runs
+            yield self.runs
         finally:
-            self._runs = None
+            self.runs = None
 
     def calibrate(self, runs: Sequence[dict[str, Any]], steps: int) -> None:
         """Fits fp8's scales to drawings of a schedule, and keeps them in `fp8_file`."""
@@ -211,9 +195,8 @@ class Decoder(nn.Module):
 
     def _in_table(self, sigma: Tensor) -> bool:
         """Whether a table serves σ, told from where σ lies: its value stays on the device."""
-        if self._modulations_train or sigma.dim():
-            return False
-        return any(_part_of(sigma, sigmas) for sigmas in self._tabulated)
+        fixed = self._frozen or self.has_adapter  # modulations do not train
+        return fixed and not sigma.dim() and any(_part_of(sigma, sigmas) for sigmas in self._tabulated)
 
     # ---- what trains ------------------------------------------------------------------------------------------------
 
@@ -238,7 +221,7 @@ class Decoder(nn.Module):
         self._use_table(self._uses_table and self.has_adapter)
         self._frozen, self._calibration, self._asked = False, None, False
         if not self.has_adapter:
-            self._table, self._modulations_train = None, True
+            self._table = None
         parameters = [p for name, p in self.transformer.named_parameters() if not self.has_adapter or ".lora_" in name]
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -251,7 +234,7 @@ class Decoder(nn.Module):
 
     def freeze(self) -> None:
         """Nothing of the decoder trains."""
-        self._modulations_train, self._frozen = False, True
+        self._frozen = True
         self.transformer.requires_grad_(False)
 
     def keep_reference(self) -> None:
@@ -308,15 +291,14 @@ class Decoder(nn.Module):
                 "pooled_projections": self.pooled.to(dtype).expand(len(t), -1),
                 "timestep": t,
             }
-            if self._runs is not None:
-                self._runs.append(given)
+            if self.runs is not None:
+                self.runs.append(given)
             return self.transformer(**given, return_dict=False)[0]
 
         if time.dim():
-            return by_length(lambda *rows: in_batches(compute, len(latents), *rows), lengths, context, latents, time)
+            return by_length(compute, len(latents), lengths, context, latents, time)
         # One level has one row of modulations, whatever the batch
-        one = partial(compute, t=time.view(1))
-        return by_length(lambda *rows: in_batches(one, len(latents), *rows), lengths, context, latents)
+        return by_length(partial(compute, t=time.view(1)), len(latents), lengths, context, latents)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

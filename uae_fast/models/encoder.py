@@ -107,59 +107,45 @@ class Encoder(nn.Module):
     place: Tensor  # empty; says which device inputs belong on
 
     def __init__(
-        self,
-        model,
-        tokenizer,
-        image_processor,
-        *,
-        caption_prompt: str,
-        condition_length: int,
-        buckets: Sequence[int] = (),
-    ):
+        self, model, tokenizer, image_processor, *,
+        caption_prompt: str, condition_length: int, buckets: Sequence[int] = (),
+    ):  # fmt: skip
         super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.condition_length = condition_length
-        self.buckets = tuple(buckets)
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.condition_length, self.buckets = condition_length, tuple(buckets)
         self.reader_copy: Any = None
         self.adapters: Any = None  # the PeftModel around self.model
         self.prefix_attention: Callable[..., Tensor] = shared_prefix_attention
         self.register_buffer("place", torch.empty(0), persistent=False)
         self.requires_grad_(False).eval()
 
-        config = model.config
         visual = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         self.special_ids = {
             *tokenizer.all_special_ids,
             *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),
-            *(getattr(config, name) for name in visual if getattr(config, name, None) is not None),
+            *(i for name in visual if (i := getattr(model.config, name, None)) is not None),
         }
-        words = tokenizer(caption_prompt, add_special_tokens=False)["input_ids"]
-        found = [i for i in words if i in self.special_ids - {tokenizer.unk_token_id}]
+        self._no_words = self.special_ids - {tokenizer.unk_token_id}
+        found = [i for i in self._ids(caption_prompt) if i in self._no_words]
         if found:
             token = tokenizer.convert_ids_to_tokens(found[0])
             raise ConfigError([f"caption.prompt: {token} is a special token of the encoder; write words"])
-        user_turn = [{"type": "text", "text": caption_prompt}, {"type": "image"}]
-        self._prompt_text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": user_turn}], tokenize=False, add_generation_prompt=True
-        )
-        marker = "\x00"
-        frame = tokenizer.apply_chat_template(
-            [{"role": "generate", "content": marker}], tokenize=False, add_generation_prompt=True
-        ).split(marker)
-        image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
-        if len(frame) != 2 or self._prompt_text.count(image_token) != 1:
-            needed = f'one {image_token} an image, and what the role "generate" says'
+
+        def turn(role: str, content: Any) -> str:
+            messages = [{"role": role, "content": content}]
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+        self._prompt_text = turn("user", [{"type": "text", "text": caption_prompt}, {"type": "image"}])
+        self._image_token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+        frame = turn("generate", "\x00").split("\x00")
+        if len(frame) != 2 or self._prompt_text.count(self._image_token) != 1:
+            needed = f'one {self._image_token} an image, and what the role "generate" says'
             raise ConfigError([f"models.path: the chat template of the encoder must write {needed}"])
-        self._read_prefix, self._read_suffix = (
-            tokenizer(part, add_special_tokens=False)["input_ids"] for part in frame
-        )
-        taken = len(self._read_prefix) + len(self._read_suffix)
-        if taken >= condition_length:
-            raise ConfigError(
-                [f"condition.length: {condition_length} positions leave no room; the chat template alone takes {taken}"]
-            )
+        self._read_prefix, self._read_suffix = map(self._ids, frame)
+        self._room = condition_length - len(self._read_prefix) - len(self._read_suffix)
+        if self._room <= 0:
+            words = f"leave no room; the chat template alone takes {condition_length - self._room}"
+            raise ConfigError([f"condition.length: {condition_length} positions {words}"])
 
     @property
     def device(self) -> torch.device:
@@ -181,10 +167,11 @@ class Encoder(nn.Module):
 
     def words(self, caption: str) -> list[int]:
         """A caption's token ids. Special-token text in it is read as plain words, or left out where it cannot be."""
-        text = unicode_text(caption.strip())
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        special = self.special_ids - {self.tokenizer.unk_token_id}
-        return [i for i in ids if i not in special]
+        ids = self._ids(unicode_text(caption.strip()), split_special_tokens=True)
+        return [i for i in ids if i not in self._no_words]
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
     def answers(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Given captions as a policy would have written them: ids and mask (B, T), each with its end of turn."""
@@ -243,8 +230,7 @@ class Encoder(nn.Module):
         weights = dict(self.adapters.named_parameters())
         for name, parameter in weights.items():
             if f".{READER}." in name:
-                parameter.requires_grad_(False)
-                parameter.data.copy_(weights[name.replace(f".{READER}.", ".default.")].data)
+                parameter.requires_grad_(False).copy_(weights[name.replace(f".{READER}.", ".default.")].detach())
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[Any]:
@@ -283,8 +269,7 @@ class Encoder(nn.Module):
         grid = torch.cat([each.grid for each in cut])
         pixels, places = (sent(x, self.device) for x in (torch.cat([each.pixels for each in cut]), grid))
         features = self.model.model.get_image_features(pixels, places).pooler_output
-        image_token = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
-        texts = [self._prompt_text.replace(image_token, image_token * len(feature)) for feature in features]
+        texts = [self._prompt_text.replace(self._image_token, self._image_token * len(each)) for each in features]
         tokens = self.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         lengths, types = mask.sum(1).tolist(), (ids == self.model.config.image_token_id).int()
@@ -390,8 +375,7 @@ class Encoder(nn.Module):
 
     def _framed(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids of captions in the template, cut to `condition_length`."""
-        room = self.condition_length - len(self._read_prefix) - len(self._read_suffix)
-        return [self._read_prefix + self.words(caption)[:room] + self._read_suffix for caption in captions]
+        return [self._read_prefix + self.words(caption)[: self._room] + self._read_suffix for caption in captions]
 
     def bucket(self, tokens: int) -> int:
         """The smallest length that holds so many tokens."""

@@ -61,9 +61,9 @@ def load_calibration(file: Path, transformer: Any, timesteps: torch.Tensor) -> F
     from uae_kernels.mmdit import Fp8Calibration
 
     try:
-        with safe_open(file, "pt", device=str(timesteps.device)) as content:
+        with safe_open(file, "pt") as content:
             words = content.metadata()
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            tensors = {name: content.get_tensor(name).to(timesteps.device) for name in content.keys()}  # noqa: SIM118
         made = Fp8Calibration(
             tensors.pop("timesteps"),
             {name.removeprefix("scales."): scales for name, scales in tensors.items()},

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checkpoint import save_checkpoint
@@ -33,12 +32,7 @@ from .sources import Source
 LLM = ("llm", "llm_model")
 PROCESSOR = ("llm_processor", "llm_model_preprocessor", *LLM)
 SD3 = ("SD3", "SD3_model")
-PROJECTOR = {
-    "projector.0.weight": "up.weight",
-    "projector.0.bias": "up.bias",
-    "projector.2.weight": "down.weight",
-    "projector.2.bias": "down.bias",
-}
+PROJECTOR = {f"projector.{i}.{x}": f"{to}.{x}" for i, to in ((0, "up"), (2, "down")) for x in ("weight", "bias")}
 KEPT = (".json", ".safetensors")
 WRAPPED = "model.base_model.model."  # what peft puts before the names of the model it wraps, which was `model`
 ENCODER_SCALE = 2.0  # α / r of their encoder's adapter, 64 / 32: the shards do not say it
@@ -46,13 +40,7 @@ AS_RELEASED = ["data.resolution=1024", "render.steps=40", "reward.heldout="]  # 
 
 
 def import_uae(
-    folder: Path,
-    out: Path,
-    *,
-    sd3: str = "",
-    processor: str = "",
-    reward: str = "",
-    overrides: Sequence[str] = (),
+    folder: Path, out: Path, *, sd3: str = "", processor: str = "", reward: str = "", overrides: Sequence[str] = ()
 ) -> list[str]:
     """Writes the released weights as a run that stands at the end of stage 3: ``uae-fast caption … --run OUT``.
 
@@ -76,47 +64,28 @@ def import_uae(
     llm, llm_lora, dit, dit_lora = (_place(folder, names) for names in (LLM, ("llm_lora",), ("dit",), ("dit_lora",)))
     drawing = Source.parse(sd3 or str(_place(folder, SD3)), "--sd3")
     reading = Source.parse(processor or str(_place(folder, PROCESSOR, "tokenizer_config.json")), "--processor")
-
+    models = out / "models"
     try:
-        return _import(llm, llm_lora, dit, dit_lora, drawing, reading, out, reward, overrides)
+        encoder_adapter, notes = _write_encoder(llm, llm_lora, reading, models)
+        _write_decoder(dit, drawing, models / "decoder")
+        decoder_adapter, decoder_scale = _read_adapter(dit_lora)
+        both = [*encoder_adapter.items(), *decoder_adapter.items()]
+        rank = max(value.shape[0] for name, value in both if name.endswith("lora_A"))
+        settings = [
+            f"run={out}", f"models.path={models}", "models.encoder_from=", "models.decoder_from=",
+            f"models.lora_rank={rank}", f"models.lora_alpha={round(ENCODER_SCALE * rank)}", *AS_RELEASED,
+        ]  # fmt: skip
+        config = load_config("paper", [*settings, *[f"reward.encoders=[{reward}]"] * bool(reward), *overrides])
+        save_config(config, out / "config.yaml")
+        loaded = load_models(config)
+        notes += _fill_adapter(loaded.encoder.adapters, encoder_adapter, "llm_lora", 1.0)
+        notes += _fill_adapter(loaded.decoder.transformer, decoder_adapter, "dit_lora", decoder_scale / ENCODER_SCALE)
+        position = Position(place=len(config.stages), moment="stage3", trained=("decoder", "encoder"))
+        state = {**asdict(position), "score": None, "identity": run_identity(config), "machine": machine(config)}
+        save_checkpoint(out / "checkpoints", loaded, state, {})
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)  # half of an import is none
         raise
-
-
-def _import(
-    llm: Path,
-    llm_lora: Path,
-    dit: Path,
-    dit_lora: Path,
-    drawing: Source,
-    reading: Source,
-    out: Path,
-    reward: str,
-    overrides: Sequence[str],
-) -> list[str]:
-    models = out / "models"
-    encoder_adapter, notes = _write_encoder(llm, llm_lora, reading, models)
-    _write_decoder(dit, drawing, models / "decoder")
-    decoder_adapter, decoder_scale = _read_adapter(dit_lora)
-
-    both = [*encoder_adapter.items(), *decoder_adapter.items()]
-    rank = max(value.shape[0] for name, value in both if name.endswith("lora_A"))
-    config = load_config(
-        "paper",
-        [
-            f"run={out}", f"models.path={models}", "models.encoder_from=", "models.decoder_from=",
-            f"models.lora_rank={rank}", f"models.lora_alpha={round(ENCODER_SCALE * rank)}", *AS_RELEASED,
-            *([f"reward.encoders=[{reward}]"] if reward else []), *overrides,
-        ],
-    )  # fmt: skip
-    save_config(config, out / "config.yaml")
-    loaded = load_models(config)
-    notes += _fill_adapter(loaded.encoder.adapters, encoder_adapter, "llm_lora", 1.0)
-    notes += _fill_adapter(loaded.decoder.transformer, decoder_adapter, "dit_lora", decoder_scale / ENCODER_SCALE)
-    position = Position(place=len(config.stages), moment="stage3", trained=("decoder", "encoder"))
-    state = {**asdict(position), "score": None, "identity": run_identity(config), "machine": machine(config)}
-    save_checkpoint(out / "checkpoints", loaded, state, {})
     return notes
 
 
@@ -140,9 +109,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     if not files:
         raise ConfigError([f"import-uae: {folder} has no safetensors file"])
     for file in files:
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 — not a dict
-                yield name, opened.get_tensor(name)
+        yield from load_file(file).items()
 
 
 def _write_encoder(llm: Path, llm_lora: Path, reading: Source, models: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -173,13 +140,11 @@ def _write_encoder(llm: Path, llm_lora: Path, reading: Source, models: Path) -> 
     models.mkdir(parents=True, exist_ok=True)
     projector = {ours: weights.pop(name).contiguous() for name, ours in PROJECTOR.items()}
     save_file(projector, models / "projector.safetensors")
-    folder = models / "encoder"
-    folder.mkdir()
+    (folder := models / "encoder").mkdir()
     config = json.loads((llm / "config.json").read_text(encoding="utf-8"))
     config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    weights = {name: value.contiguous() for name, value in weights.items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    save_file({n: w.contiguous() for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     pretrained(Qwen2_5_VLForConditionalGeneration, Source(str(folder)), complete=True, dtype=torch.bfloat16)  # checks
     AutoTokenizer.from_pretrained(**reading.pretrained()).save_pretrained(folder)
     Qwen2VLImageProcessorPil.from_pretrained(**reading.pretrained()).save_pretrained(folder)
@@ -197,7 +162,7 @@ def _write_decoder(dit: Path, drawing: Source, folder: Path) -> None:
     """Writes the decoder: their transformer, and Stable Diffusion's VAE, scheduler and pooled condition."""
     from diffusers import SD3Transformer2DModel
 
-    pretrained(SD3Transformer2DModel, Source(str(dit)), complete=True, torch_dtype=torch.bfloat16)  # checks
+    pretrained(SD3Transformer2DModel, Source(str(dit)), complete=True, dtype=torch.bfloat16)  # checks
     shutil.copytree(dit, folder / "transformer", ignore=lambda _, names: [n for n in names if not n.endswith(KEPT)])
     for part in ("vae", "scheduler"):
         shutil.copytree(drawing.local("vae", "scheduler") / part, folder / part)
@@ -224,8 +189,11 @@ def _fill_adapter(model: Any, adapter: dict[str, Tensor], place: str, factor: fl
 
     Where theirs has a smaller rank, or none, B keeps its zeros: the sum is theirs all the same.
     """
-    named = {name: p for name, p in model.named_parameters() if name.endswith(".default.weight")}
-    ours = {name.removesuffix(".default.weight").removeprefix("base_model.model."): p for name, p in named.items()}
+    ours = {
+        name.removesuffix(".default.weight").removeprefix("base_model.model."): parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(".default.weight")
+    }
     problems = []
     for name, value in adapter.items():
         other = f"{name[:-1]}{'B' if name.endswith('A') else 'A'}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..bnb import import_bitsandbytes
-from ..checkpoint import (
-    DamagedCheckpoint,
-    checkpoints,
-    find_moment,
-    load_checkpoint,
-    read_state,
-    verify_checkpoint,
-)
+from ..checkpoint import DamagedCheckpoint, checkpoints, load_checkpoint, read_state, verify_checkpoint
 from ..config import Config, ConfigError, accelerated, load_config
 from ..seeds import derive_seed
 from ..text import printable
@@ -49,8 +42,6 @@ IMAGE_PROCESSORS = {
     "dinov2": "BitImageProcessorPil",
     "dinov3_vit": "ViTImageProcessorPil",  # its own, the same resizing, needs torchvision
 }
-# The attention is named here, because a name in a folder's config.json could be that of a kernel to be downloaded.
-ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa"}
 
 
 def run_device(config: Config) -> torch.device:
@@ -79,54 +70,51 @@ def load_models(config: Config) -> Models:
     sources, settings = find_sources(config), config.models
     import_bitsandbytes()
     device, records = run_device(config), records_graphs(config)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # graphs are recorded, and memory is pinned, for the current one
     if config.same_sampler.fp8:
         check_fp8(device)
-    seed = derive_seed(config.seed, "dummy") if settings.load == "dummy" else None
+    given: dict[str, Any] = {"device": device, "seed": None}
+    if settings.load == "dummy":
+        given["seed"] = derive_seed(config.seed, "dummy")
 
-    def options(trains: str, quantization: str = "none") -> dict[str, Any]:
-        dtype = torch.float32 if trains == "full" else getattr(torch, settings.dtype)
-        return {"dtype": dtype, "device": device, "quantization": quantization, "seed": seed}
-
-    def judge(source: Source) -> ImageEncoder:
-        with named(source.key, source):
-            return load_image_encoder(source, device, seed)
+    def options(part: str) -> dict[str, Any]:
+        dtype = torch.float32 if getattr(settings, part) == "full" else getattr(torch, settings.dtype)
+        return {"dtype": dtype, "quantization": getattr(settings, f"{part}_quantization"), **given}
 
     with named(sources.encoder.key, sources.encoder):
         encoder = load_encoder(
             sources.encoder,
+            image_tokens=config.caption.image_tokens,
             caption_prompt=config.caption.prompt,
             condition_length=config.condition.length,
             buckets=config.condition.buckets,
-            image_tokens=config.caption.image_tokens,
-            **options(settings.encoder, settings.encoder_quantization),
+            **options("encoder"),
         )
     with named(sources.decoder.key, sources.decoder):
-        decoder = load_decoder(
-            sources.decoder,
-            pooled_file(config, sources.decoder),
-            tiny=config.cheaper_sampler.vae == "tiny",
-            **options(settings.decoder, settings.decoder_quantization),
-        )
+        file, tiny = pooled_file(config, sources.decoder), config.cheaper_sampler.vae == "tiny"
+        decoder = load_decoder(sources.decoder, file, tiny=tiny, **options("decoder"))
     if sources.projector is None:
         projector = new_projector(encoder, decoder, derive_seed(config.seed, "projector"))
     else:
         with named("models.path", sources.projector):
             projector = load_projector(sources.projector)
+    rewards = [load_image_encoder(source, **given) for source in sources.rewards]
     models = Models(
         encoder,
         projector,
         decoder,
-        Reward([judge(source) for source in sources.rewards], config.reward.weights),
-        heldout=None if sources.heldout is None else Reward([judge(sources.heldout)]),
+        Reward(rewards, config.reward.weights),
+        heldout=Reward([load_image_encoder(sources.heldout, **given)]) if sources.heldout else None,
         reader="reader" if config.condition.adapter == "frozen" else "policy",
     )
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(config.seed, "lora"))
-        models.encoder.prepare_training(settings.encoder, settings.lora_rank, settings.lora_alpha)
-        models.decoder.prepare_training(settings.decoder, settings.lora_rank, settings.lora_alpha)
+        encoder.prepare_training(settings.encoder, settings.lora_rank, settings.lora_alpha)
+        decoder.prepare_training(settings.decoder, settings.lora_rank, settings.lora_alpha)
     if settings.gradient_checkpointing:
-        models.encoder.checkpoint_gradients()
-        models.decoder.checkpoint_gradients()
+        encoder.checkpoint_gradients()
+        decoder.checkpoint_gradients()
     if settings.start:
         try:
             verify_checkpoint(Path(settings.start))
@@ -134,7 +122,7 @@ def load_models(config: Config) -> Models:
             raise ConfigError([f"models.start: {error}"]) from None
         load_checkpoint(Path(settings.start), models)
     if settings.offload:
-        Offloader(models, device)
+        models.offloader = Offloader(models, device)
     else:
         models.to(device)
     if accelerated(config):
@@ -194,18 +182,49 @@ def save_encoder(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
     encoder.image_processor.save_pretrained(folder)
 
 
-def load_encoder(
+def load_network(
+    library_class: Any,
     source: Source,
+    part: str = "",
     *,
-    caption_prompt: str,
-    condition_length: int,
-    buckets: Sequence[int] = (),
-    image_tokens: int = 0,
+    inside: Callable[[Any], Any] = lambda model: (),
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     quantization: str = "none",
     seed: int | None = None,
-) -> Encoder:
+) -> Any:
+    """A network of transformers or diffusers.
+
+    Args:
+        library_class, source: whose, and from where; `part` is its subfolder there.
+        inside: gives the submodules whose linear layers are quantised.
+        dtype: of the weights.
+        device: where quantised or random weights are made; None is the CPU.
+        quantization: "none", "nf4", "int8" or "fp8".
+        seed: not None: the weights are random, and nothing but the configuration is read.
+    """
+    device = device or torch.device("cpu")
+    if seed is None:
+        model = pretrained(library_class, source, part, dtype=dtype)
+        if quantization != "none":
+            quantize_linears(model, inside(model), quantization, device)
+        return model
+    shape = source.configuration(part or "model")
+
+    def build() -> Any:
+        if hasattr(library_class, "config_class"):
+            return library_class(library_class.config_class(**shape))  # of transformers
+        return library_class.from_config(shape)
+
+    model = empty(build, buffers=device.type != "meta")
+    fill(model, device, dtype, seed, quantization=quantization, inside=inside(model))
+    return model
+
+
+def load_encoder(
+    source: Source, *, caption_prompt: str, condition_length: int, buckets: Sequence[int] = (), image_tokens: int = 0,
+    seed: int | None = None, **options: Any,
+) -> Encoder:  # fmt: skip
     """A Qwen2.5-VL with its tokenizer and image processor.
 
     Its chat template is rendered by transformers in a sandbox without access to Python.
@@ -214,27 +233,20 @@ def load_encoder(
         source: model (``config.json``, safetensors), tokenizer and image processor.
         caption_prompt, condition_length, buckets: as `Encoder` takes them.
         image_tokens: the most tokens of an image; 0 as the image processor says.
-        dtype: of the weights.
-        device: where quantised or random weights are made.
-        quantization: of the linear layers of the language model, its head excepted: "none", "nf4", "int8" or "fp8".
-        seed: not None: the weights are random, and nothing but the configuration is read.
+        seed, options: as of `load_network`; quantised are the layers of the language model, without its head.
     """
-    from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    device = device or torch.device("cpu")
+    model = load_network(
+        Qwen2_5_VLForConditionalGeneration, source, seed=seed,
+        inside=lambda model: [model.model.language_model.layers], **options,
+    )  # fmt: skip
     if seed is None:
-        model = pretrained(Qwen2_5_VLForConditionalGeneration, source, dtype=dtype, **ATTENTION)
         tokenizer = AutoTokenizer.from_pretrained(**source.pretrained(), trust_remote_code=False)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(**source.pretrained())
-        if quantization != "none":
-            quantize_linears(model, [model.model.language_model.layers], quantization, device)
     else:
-        config: Any = Qwen2_5_VLConfig(**source.configuration("model"))
-        vision = config.vision_config
-        model = empty(lambda: Qwen2_5_VLForConditionalGeneration(config), buffers=device.type != "meta")
-        fill(model, device, dtype, seed, quantization=quantization, inside=[model.model.language_model.layers])
-        tokenizer = dummy_tokenizer(config)
+        tokenizer, vision = dummy_tokenizer(model.config), model.config.vision_config
         image_processor = Qwen2VLImageProcessorPil(
             patch_size=vision.patch_size,
             temporal_patch_size=vision.temporal_patch_size,
@@ -246,13 +258,9 @@ def load_encoder(
         smallest = min(image_processor.size["shortest_edge"], pixels)
         image_processor.size = {"shortest_edge": smallest, "longest_edge": pixels}
     return Encoder(
-        model,
-        tokenizer,
-        image_processor,
-        caption_prompt=caption_prompt,
-        condition_length=condition_length,
-        buckets=buckets,
-    )
+        model, tokenizer, image_processor,
+        caption_prompt=caption_prompt, condition_length=condition_length, buckets=buckets,
+    )  # fmt: skip
 
 
 def save_decoder(decoder: Decoder, projector: Projector, folder: Path, dtype: torch.dtype) -> None:
@@ -260,11 +268,6 @@ def save_decoder(decoder: Decoder, projector: Projector, folder: Path, dtype: to
     decoder.transformer.to(dtype).save_pretrained(folder / "decoder" / "transformer", max_shard_size=MAX_SHARD)
     decoder.scheduler.save_pretrained(folder / "decoder" / "scheduler")
     save_file({"pooled": decoder.pooled.to(dtype).contiguous()}, folder / "decoder" / "pooled.safetensors")
-    save_projector(projector, folder, dtype)
-
-
-def save_projector(projector: Projector, folder: Path, dtype: torch.dtype) -> None:
-    """Writes `projector.safetensors` into `folder`."""
     weights = {name: value.to(dtype).contiguous() for name, value in projector.state_dict().items()}
     save_file(weights, folder / "projector.safetensors")
 
@@ -288,23 +291,13 @@ def new_projector(encoder: Encoder, decoder: Decoder, seed: int) -> Projector:
     """An untrained projector between an encoder's states and a decoder's context."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        projector = Projector(
-            encoder.model.config.text_config.hidden_size,
-            PROJECTOR_WIDTH,
-            decoder.transformer.config.joint_attention_dim,
-        )
+        width, context = encoder.model.config.text_config.hidden_size, decoder.transformer.config.joint_attention_dim
+        projector = Projector(width, PROJECTOR_WIDTH, context)
     return projector.requires_grad_(False)
 
 
 def load_decoder(
-    source: Source,
-    pooled: Path,
-    *,
-    tiny: bool = False,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None,
-    quantization: str = "none",
-    seed: int | None = None,
+    source: Source, pooled: Path, *, tiny: bool = False, quantization: str = "none", **options: Any
 ) -> Decoder:
     """An SD3 decoder, its parts laid out as diffusers saves a `StableDiffusion3Pipeline`.
 
@@ -312,34 +305,23 @@ def load_decoder(
         source: transformer, vae, scheduler, and pooled.safetensors or the text encoders with their tokenizers.
         pooled: file of the pooled condition; made by the text encoders where it is not there yet.
         tiny: vae_tiny turns latents into images.
-        dtype, device, quantization, seed: as of `load_encoder`; quantised are the transformer's blocks.
+        quantization, options: as of `load_network`; quantised are the transformer's blocks.
 
     Raises:
         ConfigError: a part cannot be read, or vae_tiny has other latents than vae.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-    device, vae_tiny = device or torch.device("cpu"), None
-    if seed is None:
-        transformer = pretrained(SD3Transformer2DModel, source, "transformer", torch_dtype=dtype)
-        vae = pretrained(AutoencoderKL, source, "vae", torch_dtype=dtype)
-        if tiny:
-            vae_tiny = pretrained(AutoencoderTiny, source, "vae_tiny", torch_dtype=dtype)
+    transformer = load_network(
+        SD3Transformer2DModel, source, "transformer", quantization=quantization,
+        inside=lambda model: [model.transformer_blocks], **options,
+    )  # fmt: skip
+    vae = load_network(AutoencoderKL, source, "vae", **options)
+    vae_tiny = load_network(AutoencoderTiny, source, "vae_tiny", **options) if tiny else None
+    if options.get("seed") is None:
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**source.pretrained("scheduler"))
         condition = pooled_condition(source, pooled)
-        if quantization != "none":
-            quantize_linears(transformer, [transformer.transformer_blocks], quantization, device)
     else:
-        transformer = empty(
-            lambda: SD3Transformer2DModel.from_config(source.configuration("transformer")),
-            buffers=device.type != "meta",
-        )
-        fill(transformer, device, dtype, seed, quantization=quantization, inside=[transformer.transformer_blocks])
-        vae = empty(lambda: AutoencoderKL.from_config(source.configuration("vae")))
-        fill(vae, device, dtype, seed)
-        if tiny:
-            vae_tiny = empty(lambda: AutoencoderTiny.from_config(source.configuration("vae_tiny")))
-            fill(vae_tiny, device, dtype, seed)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(source.configuration("scheduler"))
         condition = torch.zeros(transformer.config.pooled_projection_dim)
     if vae_tiny is not None:
@@ -369,7 +351,7 @@ def _empty_prompt(source: Source, number: str) -> Tensor:
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(**source.pretrained(f"tokenizer{number}"))
-    model = pretrained(CLIPTextModelWithProjection, source, f"text_encoder{number}", dtype=torch.float32, **ATTENTION)
+    model = pretrained(CLIPTextModelWithProjection, source, f"text_encoder{number}", dtype=torch.float32)
     tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
     return model(tokens["input_ids"]).text_embeds[0]
 
@@ -379,27 +361,22 @@ def load_image_encoder(source: Source, device: torch.device | None = None, seed:
 
     Args:
         source: model and `preprocessor_config.json`.
-        device, seed: as of `load_encoder`.
+        device, seed: as of `load_network`.
     """
     import transformers
 
-    processor, config = source.configuration("preprocessor"), source.configuration("model")
-    kind, kinds = config.get("model_type"), ", ".join(IMAGE_ENCODERS)
-    if kind not in IMAGE_ENCODERS:
-        raise ConfigError([f"{source.key}: {source} has the model type {printable(str(kind))}, none of {kinds}"])
-    library_class: Any = getattr(transformers, IMAGE_ENCODERS[kind])
-    if seed is None:
-        model = pretrained(library_class, source, dtype=torch.float32, **ATTENTION)
-    else:
-        model = empty(lambda: library_class(library_class.config_class(**config)))
-    for part in ("text_model", "text_projection"):
-        if hasattr(model, part):
-            delattr(model, part)
-    if seed is not None:
-        fill(model, device or torch.device("cpu"), torch.float32, seed)
-    shape = processor.get("crop_size") or processor.get("size") or {}
-    size = shape.get("height") if isinstance(shape, dict) else shape
-    return ImageEncoder(model, processor["image_mean"], processor["image_std"], size)
+    with named(source.key, source):
+        processor, kind = source.configuration("preprocessor"), source.configuration("model").get("model_type")
+        if kind not in IMAGE_ENCODERS:
+            kinds = f"{printable(str(kind))}, none of {', '.join(IMAGE_ENCODERS)}"
+            raise ConfigError([f"{source.key}: {source} has the model type {kinds}"])
+        model = load_network(getattr(transformers, IMAGE_ENCODERS[kind]), source, device=device, seed=seed)
+        for part in ("text_model", "text_projection"):
+            if hasattr(model, part):
+                delattr(model, part)
+        shape = processor.get("crop_size") or processor.get("size") or {}
+        size = shape.get("height") if isinstance(shape, dict) else shape
+        return ImageEncoder(model, processor["image_mean"], processor["image_std"], size)
 
 
 def load_image_processor(source: Source, size: int) -> Any:
@@ -420,20 +397,23 @@ def load_image_processor(source: Source, size: int) -> Any:
 
 
 def pretrained(
-    library_class: Any, source: Source, subfolder: str = "", *, complete: bool = False, **options: Any
+    library_class: Any, source: Source, subfolder: str = "", *, dtype: torch.dtype, complete: bool = False
 ) -> Any:
     """A library class's `from_pretrained`: safetensors alone, and every tensor of the model must be there.
 
     Args:
         library_class: of transformers or diffusers.
         source, subfolder: where.
+        dtype: of the weights.
         complete: whether every tensor of the files must be the model's, too.
-        options: of `from_pretrained`.
 
     Raises:
         ConfigError: what is wrong, in a line.
     """
     place = "/".join(filter(None, (str(source), subfolder)))
+    options: dict[str, Any] = {"torch_dtype": dtype}
+    if hasattr(library_class, "config_class"):  # of transformers. A folder could name a kernel, to be downloaded
+        options = {"dtype": dtype, "attn_implementation": "sdpa"}
     with named(source.key, place):
         model, report = library_class.from_pretrained(
             **source.pretrained(subfolder), use_safetensors=True, output_loading_info=True, **options
@@ -461,18 +441,19 @@ def load_run(run: Path, at: str | None, overrides: Sequence[str] = ()) -> tuple[
         raise ConfigError([f"--run: {run} is not a run's folder: it has no config.yaml"])
     config = load_config(run / "config.yaml", overrides)
     saved = checkpoints(run / "checkpoints")
-    found = find_moment(run / "checkpoints", at) if at else saved[-1] if saved else None
-    if at not in (None, "before") and found is None:
-        had = ", ".join(["before", *filter(None, (read_state(path)["moment"] for path in saved))])
+    moments = [read_state(path)["moment"] for path in saved]
+    found = saved[-1:] if at is None else [path for path, moment in zip(saved, moments, strict=True) if moment == at]
+    if at not in (None, "before") and not found:
+        had = ", ".join(["before", *filter(None, moments)])
         raise ConfigError([f"--at {at}: {run} has no such moment; it has {had}"])
     try:
-        if found is not None:
-            verify_checkpoint(found)
+        if found:
+            verify_checkpoint(found[-1])
     except DamagedCheckpoint as error:
         raise ConfigError([f"--run: {error}; name another moment with --at"]) from None
     models = load_models(config)
-    if found is not None:
+    if found:
         models.encoder.freeze_reader()
-        load_checkpoint(found, models)
+        load_checkpoint(found[-1], models)
     models.decoder.fp8_file, models.decoder.fp8_calibrates = run / FP8_NAME, False
     return config, models

@@ -3,10 +3,13 @@
 The stages' own code runs on tensors without memory (PyTorch's fake tensors), its ops as on a GPU unless the device is a
 CPU, and what is alive is added up: weights, adapters, gradients and activations are those of the code, not of formulas.
 Of a decoder whose modulations a table holds, the layers that make them are not on the device. Formulas are the weights
-that bitsandbytes keeps, the optimiser's state, the cache of `caption.engine: generate`, and a sum for CUDA itself.
-Not counted: the vision tower's activations (no gradients, one image after another), workspaces of convolutions and
-matrix products, fragmentation, what `same_sampler.fp8` saves and `same_sampler.graph` takes, and the moment of loading,
-when the layers that make modulations are there as well.
+that bitsandbytes keeps, the optimiser's state, the cache of `caption.engine: generate`, what a CPU casts for
+elementwise operators, the head's Jacobian in stage 2, and a sum for CUDA itself.
+Not counted: the vision tower's activations (no gradients, one image after another), what an op or a library holds only
+while it computes (`linear_logprobs`: about 0.16 GiB on a GPU, 2 MiB on a CPU; cuDNN's and cuBLAS's workspaces; the
+weight that NF4 widens), the allocator's rounding to 512 B and its fragmentation, the copies of activations that
+LLM.int8() makes, what `same_sampler.fp8` saves and `same_sampler.graph` takes, and the moment of loading, when the
+layers that make modulations are there as well.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ import copy
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -24,11 +27,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from uae_kernels import _triton
-from uae_kernels.mmdit import ModulationTable
 from uae_kernels.mmdit.modulation_table import modulation_layers
 
 from ..config import Config, ConfigError, accelerated
+from ..environment import launched
 from . import Models
 from .decoder import Decoder
 from .encoder import READER, Prompt
@@ -61,16 +63,26 @@ class Phase:
         return self.resident + self.passing + CUDA_BYTES
 
 
+class Memoryless(FakeTensorMode):
+    """PyTorch's fake tensors, standing for those of a GPU of compute capability `capability` (0: of a CPU)."""
+
+    def __init__(self, capability: int):
+        super().__init__(allow_non_fake_inputs=True)
+        self.capability = capability
+
+
 class Alive(TorchDispatchMode):
     """Within, counts the bytes of the storages that operators make and nobody has let go; `most` is their peak.
 
     Args:
         given: modules whose tensors do not count.
+        on_a_cpu: whether operators are a CPU's, see `casts`.
     """
 
-    def __init__(self, *given: nn.Module):
+    def __init__(self, *given: nn.Module, on_a_cpu: bool = False):
         super().__init__()
         self.now = self.most = 0
+        self.on_a_cpu = on_a_cpu
         tensors = [t for module in given for t in (*module.parameters(), *module.buffers())]
         self.sizes = {t.untyped_storage()._cdata: 0 for t in tensors}
 
@@ -79,6 +91,8 @@ class Alive(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._meet(leaf.untyped_storage())
+        if self.on_a_cpu:
+            self.most = max(self.most, self.now + casts(function, (*args, result)))
         return result
 
     def _meet(self, storage: torch.UntypedStorage) -> None:
@@ -91,6 +105,18 @@ class Alive(TorchDispatchMode):
 
     def _part(self, key: int) -> None:
         self.now -= self.sizes.pop(key)
+
+
+def casts(function: Any, tensors: tuple[Any, ...]) -> int:
+    """Bytes of the copies that a CPU makes of an elementwise operator's tensors, to have them in one dtype meanwhile.
+
+    A GPU's kernels cast number by number.
+    """
+    operands = [x for x in tensors if isinstance(x, Tensor) and x.dim() and x.dtype != torch.bool]
+    if torch.Tag.pointwise not in function.tags or not operands:
+        return 0
+    common = reduce(torch.promote_types, (x.dtype for x in operands))
+    return sum(x.numel() * common.itemsize for x in operands if x.dtype != common)
 
 
 def predict(config: Config, stages: Sequence[int] = ()) -> dict[int, list[Phase]]:
@@ -167,6 +193,7 @@ def fill(config: Config, limit: int) -> list[str]:
     keys = [("render", "batch", [1 << i for i in range(7)], drawn)] if drawn else []
     for number in config.stages:
         settings = getattr(config, f"stage{number}")
+        settings.images = max(1, settings.images // launched())
         samples = settings.images * getattr(settings, "group_size", 1)
         sizes = [n for n in range(1, samples + 1) if samples % n == 0]
         keys.append((f"stage{number}", "micro_batch", sizes, [number]))
@@ -203,7 +230,7 @@ class Predictor:
         self.config.models.offload = sampler.accelerate = sampler.graph = sampler.fp8 = False
         sampler.attention = "auto"
         # Sampler steps with gradients are computed again one by one: all but one keep no more than their latents.
-        self.config.stage1.sampler_steps = self.config.stage1.backprop_last_steps = 1
+        self.config.stage1.backprop_last_steps = 1
         self.prompt_length = image_tokens(config, find_sources(config).encoder)
         self.models = load_models(self.config)
         encoder = self.models.encoder
@@ -211,21 +238,16 @@ class Predictor:
             encoder.adapters.add_adapter(READER, encoder.adapters.peft_config["default"])
             encoder.to("meta")
         encoder.freeze_reader()
-        self.prompt_length += len(self.models.encoder.tokenizer(self.models.encoder._prompt_text)["input_ids"])
+        self.prompt_length += len(encoder.tokenizer(encoder._prompt_text)["input_ids"]) - 1  # one was the image's
         self.parts = {name: part for name in PARTS if (part := getattr(self.models, name)) is not None}
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = Memoryless(0 if config.device == "cpu" else 90)
+        for name in ("encoder", "decoder"):
+            adapt_as_quantized(self.parts[name], getattr(config.models, f"{name}_quantization"))
         with self.mode:
             feign(self.parts.values())
-            self.accelerate()
-
-    def accelerate(self) -> None:
-        """The decoder computes as in the run, its table made."""
-        decoder, tabulated = self.models.decoder, self.given.models.decoder_quantization in ("none", "fp8")
-        if accelerated(self.given):
-            decoder.accelerate("auto", schedules(self.given) if tabulated else ())
-        schedule = decoder.sigmas(self.given.render.steps)
-        # Shorter schedules are the first levels of it, which the table has
-        decoder.sigmas = lambda steps: schedule[: steps + 1]  # type: ignore[method-assign]
+            if accelerated(config):  # bitsandbytes' layers have no table
+                tabulated = config.models.decoder_quantization in ("none", "fp8")
+                self.models.decoder.accelerate("auto", schedules(config) if tabulated else ())
 
     # ---- what stays -------------------------------------------------------------------------------------------------
 
@@ -270,7 +292,7 @@ class Predictor:
         images = settings.images
         rows = images * getattr(settings, "group_size", 1)
         read = {0: settings.micro_batch, 2: batch}.get(number, images)
-        with self.mode, without_values(self.given.device != "cpu"):
+        with self.mode:
             steps: list[tuple[str, tuple[str, ...], Callable[[], Any]]] = []
             if number in (2, 3):
                 steps.append(
@@ -291,7 +313,7 @@ class Predictor:
             steps.append(("updating", trains, lambda: getattr(self, f"update{number}")(stage)))
             passing = []
             for _, _, step in steps:
-                with Alive(*self.parts.values()) as alive:
+                with Alive(*self.parts.values(), on_a_cpu=self.given.device == "cpu") as alive:
                     more = step()
                 passing.append(alive.most + (more or 0))
                 for parameter in parameters:
@@ -346,13 +368,13 @@ class Predictor:
     @torch.no_grad()
     def draw(self, rows: int, batch: int) -> int:
         """One batch of drawings; returns the bytes of the other rows' contexts and images."""
-        from ..rollout.renders import Guidance, render
+        from ..rollout.renders import Guidance, ode_path
 
-        decoder, side = self.models.decoder, self.config.data.resolution
-        scale = self.config.render.guidance_scale
-        context = torch.zeros(batch, self.config.condition.length, decoder.transformer.config.joint_attention_dim)
-        guidance = Guidance(scale, None if scale == 1 else context[:1])
-        render(decoder, context, [0] * batch, resolution=side, steps=2, batch=batch, guidance=guidance)
+        decoder, render, side = self.models.decoder, self.config.render, self.config.data.resolution
+        context = self.context(batch)
+        guidance = Guidance(render.guidance_scale, context[:1])
+        latents = ode_path(decoder, self.latents(batch), context, decoder.sigmas(render.steps)[:3], batch, guidance)
+        decoder.decode(latents)
         return max(0, rows - batch) * (context[0].numel() + 3 * side**2) * 4
 
     @torch.no_grad()
@@ -388,7 +410,7 @@ class Predictor:
 
         rows = stage.settings.images
         prompt = self.prompt(rows) if stage.settings.context == "image" else None
-        caption = " ".join([WORD] * self.config.caption.max_new_tokens)
+        caption = " ".join([WORD] * self.config.condition.length)
         source = self.models.reward.embed(torch.zeros(1, 3, 8, 8)).detach().expand(rows, -1)
         answers = Answers([caption] * rows, source, self.latents(rows), prompt)
         stage.loss(answers, slice(0, stage.settings.micro_batch))[0].backward()
@@ -413,15 +435,14 @@ class Predictor:
         settings = stage.settings
         drawings = settings.images * settings.group_size
         samples = settings.window * drawings
-        levels = self.models.decoder.sigmas(settings.window)
+        levels = self.models.decoder.sigmas(self.config.render.steps)[: settings.window + 1]
         side = self.config.data.resolution
         path = Trajectory(
             self.latents(samples), self.latents(samples), torch.zeros(samples), levels, torch.tensor(0.9),
             self.context(drawings), None, torch.zeros(drawings, 3, side, side),
         )  # fmt: skip
         reference = self.latents(samples) if settings.beta else None
-        scale = settings.guidance_scale
-        guidance = Guidance(scale, None if scale == 1 else path.context[:1])
+        guidance = Guidance(settings.guidance_scale, path.context[:1])
         rollout = DrawingRollout(path, torch.zeros(drawings), reference, {}, guidance)
         stage.loss(rollout, slice(0, settings.micro_batch))[0].backward()
 
@@ -438,20 +459,6 @@ class FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         (jacobian,) = ctx.saved_tensors
         return torch.empty_like(jacobian, dtype=torch.float32) * gradient.unsqueeze(-1)
-
-
-@contextmanager
-def without_values(on_a_gpu: bool) -> Iterator[None]:
-    """Within, nothing asks tensors for their values, which fake ones do not have; with `on_a_gpu` ops take the way of
-    their kernels, which fake tensors go along with."""
-    kept = ModulationTable.serves, _triton.launchable, _triton.capability
-    ModulationTable.serves = lambda self, pooled: True  # type: ignore[method-assign]
-    if on_a_gpu:
-        _triton.launchable, _triton.capability = lambda tensor: True, lambda tensor: 90
-    try:
-        yield
-    finally:
-        ModulationTable.serves, _triton.launchable, _triton.capability = kept  # type: ignore[method-assign]
 
 
 def waiting_layers(decoder: Decoder) -> list[nn.Module]:
@@ -483,6 +490,16 @@ def quantized_bytes(layer: nn.Linear, kind: str) -> int:
         return count + 4 * layer.out_features
     blocks = -(-count // 64)
     return -(-count // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
+
+
+def adapt_as_quantized(part: nn.Module, kind: str) -> None:
+    """Has adapters compute as peft's do over layers of bitsandbytes, of which they take the result's dtype."""
+    from peft.tuners import lora
+
+    if kind in ("nf4", "int8"):
+        for module in part.modules():
+            if type(module) is lora.Linear:
+                module.__class__ = lora.Linear4bit if kind == "nf4" else lora.Linear8bitLt
 
 
 def feign(parts: Iterable[nn.Module]) -> None:

@@ -32,19 +32,18 @@ class Offloader:
             "encoder": [encoder.model.visual, encoder.model.language_model, encoder.get_input_embeddings()],
             "decoder": [decoder.transformer, *(child for vae in vaes for child in vae.children())],
         }
+        judges: list[Any] = []
         for name, reward in (("reward", models.reward), ("heldout", models.heldout)):
             if reward is not None:
-                towers: list[Any] = [image_encoder.model for image_encoder in reward.encoders]
+                judges += reward.encoders
+                towers: list[Any] = [judge.model for judge in reward.encoders]
                 self.parts[name] = nn.ModuleList(towers)
                 entrances[name] = [child for tower in towers for child in tower.children()]
         self.present: set[str] = set()
         for name in self.parts:
             self.move(name, self.host)
         models.projector.to(device)
-        encoders = [
-            image_encoder for reward in (models.reward, models.heldout) if reward for image_encoder in reward.encoders
-        ]
-        for owner in (models.encoder, decoder, *encoders):
+        for owner in (models.encoder, decoder, *judges):
             for name, buffer in owner.named_buffers(recurse=False):
                 setattr(owner, name, buffer.to(device))
         for name, modules in entrances.items():

@@ -49,23 +49,17 @@ def quantized(layer: nn.Linear, kind: str, device: torch.device) -> nn.Linear:
         return E4M3Linear(layer, device).eval()
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
-    weight, has_bias = layer.weight.data, layer.bias is not None
+    weight, shape = layer.weight.data, (layer.in_features, layer.out_features, layer.bias is not None)
     new: Any
     if kind == "nf4":
-        new = Linear4bit(
-            layer.in_features, layer.out_features, has_bias,
-            compute_dtype=weight.dtype, quant_type="nf4", device="meta",
-        )  # fmt: skip
+        new = Linear4bit(*shape, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
         new.weight = Params4bit(weight, quant_type="nf4", module=new)
         # On some CPUs bitsandbytes repacks weights in inference; here one layer serves rollouts and updates.
         new.support_avx512bf16_for_cpu = False
     else:
-        new = Linear8bitLt(
-            layer.in_features, layer.out_features, has_bias,
-            has_fp16_weights=False, threshold=OUTLIERS, device="meta",
-        )  # fmt: skip
+        new = Linear8bitLt(*shape, has_fp16_weights=False, threshold=OUTLIERS, device="meta")
         new.weight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
     new.weight = new.weight.to(device)  # quantises
-    if has_bias:
+    if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.data.to(device), requires_grad=False)
     return new.eval().requires_grad_(False)

@@ -16,16 +16,21 @@ from ..transfer import sent
 SOURCES = 16_384  # embeddings of source images that are kept, those used last: 50 MB of CLIP ViT-L/14's
 
 
+FACTOR = 40  # by which a GPU makes images smaller: PyTorch's kernel has shared memory for 47
+
+
 class _Bicubic(torch.autograd.Function):
     """Resizing with antialiasing, whose gradient is two matrix products.
 
-    PyTorch's own adds up in no fixed order on a GPU, and raises where `deterministic` is asked for.
+    PyTorch's own adds up in no fixed order on a GPU, and raises where `deterministic` is asked for. Beyond `FACTOR`, a
+    photograph for a small encoder, the host resizes.
     """
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, size: tuple[int, int]) -> Tensor:
         ctx.sides = images.shape[-2:]
-        return F.interpolate(images, size, mode="bicubic", antialias=True)
+        far = any(side > FACTOR * new for side, new in zip(ctx.sides, size, strict=True))
+        return F.interpolate(images.cpu() if far else images, size, mode="bicubic", antialias=True).to(images.device)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

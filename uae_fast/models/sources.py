@@ -21,13 +21,9 @@ HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)(@(?P<revision>[0-9a-f]{40}))?")
 FILES = {
     "model": "config.json",
     "preprocessor": "preprocessor_config.json",
-    "transformer": "transformer/config.json",
-    "vae": "vae/config.json",
-    "vae_tiny": "vae_tiny/config.json",
     "scheduler": "scheduler/scheduler_config.json",
-}
-
-
+}  # of other parts PART/config.json
+HINT = '"tiny" names the weights in the package'
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 
@@ -83,9 +79,8 @@ class Source:
             return self.folder
         from huggingface_hub import snapshot_download
 
-        return Path(
-            snapshot_download(self.name, revision=self.revision, allow_patterns=[f"{part}/*" for part in parts])
-        )
+        patterns = [f"{part}/*" for part in parts]
+        return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
 
     def has(self, file: str) -> bool:
         """Whether a folder has a file (or subfolder); a Hub repository is believed to have everything."""
@@ -97,15 +92,16 @@ class Source:
         Of a folder it is read there; of a repository whose shape ships with the package, from the package; of any
         other it is downloaded.
         """
+        name = FILES.get(part, f"{part}/config.json")
         if self.folder is not None:
-            return json.loads((self.folder / FILES[part]).read_text(encoding="utf-8"))
-        shipped = shipped_shape(self.name)
-        if shipped is not None:
+            path = self.folder / name
+        elif shipped := shipped_shape(self.name):
             return shipped[part]
-        from huggingface_hub import hf_hub_download
+        else:
+            from huggingface_hub import hf_hub_download
 
-        path = hf_hub_download(self.name, FILES[part], revision=self.revision)
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+            path = Path(hf_hub_download(self.name, name, revision=self.revision))
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def shipped_shape(name: str) -> dict[str, Any] | None:
@@ -147,9 +143,10 @@ def pooled_file(config: Config, decoder: Source) -> Path:
     Beside a decoder in a folder if it is there already; else in `models.cache` if that is given; else beside a decoder
     in a folder, or in the run's folder.
     """
-    beside = None if decoder.folder is None else decoder.folder / "pooled.safetensors"
-    if beside is not None and (beside.is_file() or not config.models.cache):
-        return beside
+    if decoder.folder is not None:
+        beside = decoder.folder / "pooled.safetensors"
+        if beside.is_file() or not config.models.cache:
+            return beside
     name = hashlib.sha256(json.dumps([decoder.name, decoder.revision]).encode()).hexdigest()[:16]
     return Path(config.models.cache or Path(config.run) / "cache") / f"pooled-{name}.safetensors"
 
@@ -190,9 +187,7 @@ def find_sources(config: Config) -> Sources:
     """
     folder, problems = models_folder(config), []
     if folder is not None and not folder.is_dir():
-        raise ConfigError(
-            [f'models.path: {folder} is no folder on this machine; "tiny" names the weights in the package']
-        )
+        raise ConfigError([f"models.path: {folder} is no folder on this machine; {HINT}"])
 
     def find(text: str, key: str, place: str, needs: tuple[str, ...]) -> Source | None:
         if not text and folder is None:
@@ -205,9 +200,8 @@ def find_sources(config: Config) -> Sources:
             return None
         for need in needs:
             if not source.has(need):
-                inside, part = (source.folder, need) if text else (folder, f"{place}/{need}")
-                hint = "" if text else '; "tiny" names the weights in the package'
-                problems.append(f"{source.key}: {inside} has no {part}{hint}")
+                lack = f"{source.folder} has no {need}" if text else f"{folder} has no {place}/{need}; {HINT}"
+                problems.append(f"{source.key}: {lack}")
         if source.folder is not None and config.models.load == "pretrained":
             tiny = ("vae_tiny",) if config.cheaper_sampler.vae == "tiny" else ()
             for part in ("transformer", "vae", *tiny) if "vae" in needs else ("",):
@@ -223,15 +217,13 @@ def find_sources(config: Config) -> Sources:
     judges = [find(text, "evaluate.encoders", "", ("config.json",)) for text in config.evaluate.encoders]
     projector = folder / "projector.safetensors" if folder is not None else None
     if projector is not None and not projector.is_file():
-        problems.append(f'models.path: {folder} has no projector.safetensors; "tiny" names the weights in the package')
+        problems.append(f"models.path: {folder} has no projector.safetensors; {HINT}")
     if config.models.start and not (Path(config.models.start) / STATE).is_file():
         problems.append(f"models.start: {config.models.start} is not a checkpoint: it has no {STATE}")
     if decoder is not None and config.models.load == "pretrained" and not pooled_file(config, decoder).is_file():
-        for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
-            if not decoder.has(part):
-                problems.append(
-                    f"models.decoder_from: {decoder.name} has no pooled.safetensors, and no {part} to make it"
-                )
+        lack = f"models.decoder_from: {decoder.name} has no pooled.safetensors, and no"
+        needs = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        problems += [f"{lack} {part} to make it" for part in needs if not decoder.has(part)]
     wants_tiny = config.cheaper_sampler.vae == "tiny"
     if decoder is not None and wants_tiny and (decoder.folder is None or not decoder.has("vae_tiny")):
         inside, part = (decoder, "vae_tiny") if config.models.decoder_from else (folder, "decoder/vae_tiny")
@@ -258,33 +250,21 @@ def image_tokens(config: Config, encoder: Source) -> int:
 
 def problems_of_fit(config: Config, sources: Sources) -> list[str]:
     """What does not fit together, told from the parts' configurations alone: nothing has been loaded."""
+    found, captions, length, side = [], config.caption, config.condition.length, config.data.resolution
     with named(sources.encoder.key, sources.encoder):
-        found = _unfit_lengths(config, sources)
+        model, tokens = sources.encoder.configuration("model"), image_tokens(config, sources.encoder)
+        context, words = model.get("text_config", model)["max_position_embeddings"], len(captions.prompt.split())
+        if tokens + words + captions.max_new_tokens > context:
+            found.append(
+                f"caption.image_tokens: up to {tokens} tokens of an image, the prompt's {words} words and "
+                f"caption.max_new_tokens = {captions.max_new_tokens} do not fit the encoder's context of {context}"
+            )
+        if length > context:
+            found.append(f"condition.length: {length} does not fit the encoder's context of {context}")
     with named(sources.decoder.key, sources.decoder):
-        return found + _unfit_resolution(config, sources)
-
-
-def _unfit_lengths(config: Config, sources: Sources) -> list[str]:
-    found = []
-    model = sources.encoder.configuration("model")
-    text = model.get("text_config", model)
-    context = text["max_position_embeddings"]
-    tokens, words, captions = image_tokens(config, sources.encoder), len(config.caption.prompt.split()), config.caption
-    if tokens + words + captions.max_new_tokens > context:
-        found.append(
-            f"caption.image_tokens: up to {tokens} tokens of an image, the prompt's {words} words and "
-            f"caption.max_new_tokens = {captions.max_new_tokens} do not fit the encoder's context of {context}"
-        )
-    if config.condition.length > context:
-        found.append(f"condition.length: {config.condition.length} does not fit the encoder's context of {context}")
+        transformer, vae = sources.decoder.configuration("transformer"), sources.decoder.configuration("vae")
+        patch = transformer["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        largest = patch * transformer["pos_embed_max_size"]
+        if side % patch or not 0 < side <= largest:
+            found.append(f"data.resolution: the decoder draws multiples of {patch} pixels up to {largest}, not {side}")
     return found
-
-
-def _unfit_resolution(config: Config, sources: Sources) -> list[str]:
-    transformer, vae = sources.decoder.configuration("transformer"), sources.decoder.configuration("vae")
-    patch = transformer["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    largest = patch * transformer["pos_embed_max_size"]
-    if config.data.resolution % patch or not 0 < config.data.resolution <= largest:
-        side = config.data.resolution
-        return [f"data.resolution: the decoder draws multiples of {patch} pixels up to {largest}, not {side}"]
-    return []

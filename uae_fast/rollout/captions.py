@@ -36,14 +36,9 @@ class Captions:
 @phase("captions")
 @torch.no_grad()
 def sample_captions(
-    encoder: Encoder,
-    prompt: Prompt,
-    seeds: Sequence[int],
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    engine: str = "uae",
-) -> Captions:
+    encoder: Encoder, prompt: Prompt, seeds: Sequence[int], *,
+    temperature: float, max_new_tokens: int, engine: str = "uae",
+) -> Captions:  # fmt: skip
     """Samples captions of B images, len(seeds)/B of each, those of an image next to each other.
 
     Every caption draws from its own seed, so that its text does not depend on the captions beside it. Special tokens

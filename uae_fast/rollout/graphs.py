@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,31 +21,19 @@ from torch import Tensor
 from ..models.decoder import Decoder
 
 
-class Recorder(Protocol):
-    """Records what a function of tensors does on the device.
+class CudaGraphs:
+    """Records CUDA graphs on one GPU. All take their memory from one pool, for they never run at the same time.
 
     Attributes:
         bytes: device memory that the recordings hold together.
     """
-
-    bytes: int
-
-    def warm_up(self, function: Callable[[], Tensor]) -> None:
-        """Runs the function once: what happens the first time alone is not recorded."""
-
-    def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
-        """The replay, and the tensor that it writes the function's result into."""
-        ...
-
-
-class CudaGraphs:
-    """Records CUDA graphs on one GPU. All take their memory from one pool, for they never run at the same time."""
 
     def __init__(self, device: torch.device):
         self.device, self.bytes = device, 0
         self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, function: Callable[[], Tensor]) -> None:
+        """Runs the function once: what happens the first time alone is not recorded."""
         with torch.cuda.device(self.device):
             side, main = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(main)
@@ -54,6 +42,7 @@ class CudaGraphs:
             main.wait_stream(side)
 
     def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+        """The replay, and the tensor that it writes the function's result into."""
         with torch.cuda.device(self.device):
             torch.cuda.empty_cache()
             graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
@@ -75,7 +64,7 @@ class _Loop:
 class Loops:
     """The recorded loops of one decoder, by what they were recorded for."""
 
-    def __init__(self, recorder: Recorder):
+    def __init__(self, recorder: CudaGraphs):
         self.recorder = recorder
         self.loops: dict[tuple, _Loop] = {}
 
@@ -95,8 +84,8 @@ class Loops:
         if found is None or found.read != fingerprint(decoder):
             # The old one goes when there is a new one: a pool that no graph uses is closed
             found = self.loops[key] = self._record(decoder, loop, tensors)
-            count, size = len(self.loops), self.recorder.bytes / 1e9
-            print(f"the sampler's loop is recorded: {count} in CUDA graphs, {size:.2f} GB together", flush=True)
+            count, size = len(self.loops), self.recorder.bytes / 2**30
+            print(f"the sampler's loop is recorded: {count} in CUDA graphs, {size:.2f} GiB together", flush=True)
         for buffer, x in zip(found.buffers, tensors, strict=True):
             if buffer is not None and x is not None:
                 buffer.copy_(x)
@@ -141,7 +130,7 @@ def fingerprint(decoder: Decoder) -> tuple:
 
 def loops_of(decoder: Decoder) -> Loops | None:
     """The decoder's recorded loops; None where loops are not to be recorded, as while each step is noted for fp8."""
-    if decoder.notes_steps:
+    if decoder.runs is not None:
         return None
     if decoder.records and decoder.loops is None:
         decoder.loops = Loops(CudaGraphs(decoder.device))

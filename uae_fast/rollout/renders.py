@@ -17,6 +17,7 @@ from ..models.batches import by_length, in_batches, pick
 from ..models.decoder import Decoder
 from ..models.fp8 import CAPTIONS
 from ..phases import phase
+from ..team import Team
 from ..transfer import sent
 from .graphs import loops_of
 
@@ -43,13 +44,6 @@ class Guidance:
     def unconditional(self, decoder: Decoder, latents: Tensor, sigma: Tensor, negative: Tensor | None) -> Tensor | None:
         """v_u (B, C, H, W) without a gradient, or None at scale 1: a forward pass of its own, in the batch's shape."""
         return None if negative is None else decoder.velocity(latents, sigma, negative)
-
-
-def render_guidance(config: Config, models: Models) -> Guidance:
-    """The guidance of rewards and evaluation (`render.guidance_scale`)."""
-    if config.render.guidance_scale == 1:
-        return Guidance()
-    return Guidance(config.render.guidance_scale, models.negative(config.render.negative_prompt))
 
 
 @dataclass(frozen=True)
@@ -95,10 +89,6 @@ class Trajectory:
     lengths: list[int] | None
     images: Tensor
 
-    def step(self, row: int) -> int:
-        """The window step of a row."""
-        return row // len(self.context)
-
 
 def initial_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
     """Standard normal latents (B, *shape), fp32, one seed a row."""
@@ -108,17 +98,9 @@ def initial_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.devi
 
 @torch.no_grad()
 def ode_path(
-    decoder: Decoder,
-    latents: Tensor,
-    context: Tensor,
-    sigmas: Tensor,
-    batch: int,
-    guidance: Guidance,
-    *,
-    lengths: Sequence[int] | None = None,
-    first: Tensor | None = None,
-    shortcuts: Shortcuts = FULL,
-) -> Tensor:
+    decoder: Decoder, latents: Tensor, context: Tensor, sigmas: Tensor, batch: int, guidance: Guidance, *,
+    lengths: Sequence[int] | None = None, first: Tensor | None = None, shortcuts: Shortcuts = FULL,
+) -> Tensor:  # fmt: skip
     """Euler steps through the levels `sigmas` (S + 1,): latents (B, C, H, W) at sigmas[0] to latents at sigmas[-1].
 
     Args:
@@ -129,10 +111,8 @@ def ode_path(
     """
     if len(sigmas) == 1:
         return latents
-    negative = guidance.negative(decoder, batch)
+    negative, recorded = guidance.negative(decoder, batch), loops_of(decoder)
     loop = partial(euler, decoder, sigmas, guidance, shortcuts)
-
-    recorded = loops_of(decoder)
 
     def walk(c: Tensor, x: Tensor, unconditional: Tensor | None = None) -> Tensor:
         rows = x, c.to(decoder.dtype), negative, unconditional
@@ -143,19 +123,13 @@ def ode_path(
         return recorded.run(decoder, loop, settings, *rows)
 
     own = (latents,) if first is None else (latents, first)
-    return by_length(lambda *rows: in_batches(walk, batch, *rows), lengths, context, *own)
+    return by_length(walk, batch, lengths, context, *own)
 
 
 def euler(
-    decoder: Decoder,
-    sigmas: Tensor,
-    guidance: Guidance,
-    shortcuts: Shortcuts,
-    x: Tensor,
-    context: Tensor,
-    negative: Tensor | None,
-    first: Tensor | None,
-) -> Tensor:
+    decoder: Decoder, sigmas: Tensor, guidance: Guidance, shortcuts: Shortcuts,
+    x: Tensor, context: Tensor, negative: Tensor | None, first: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The steps of one batch, on the device from the first to the last: x (batch, C, H, W) at sigmas[0] to sigmas[-1].
 
     What a CUDA graph holds: all that changes from call to call is in the last four tensors.
@@ -183,18 +157,10 @@ def euler(
 @phase("renders")
 @torch.no_grad()
 def render(
-    decoder: Decoder,
-    context: Tensor,
-    seeds: Sequence[int],
-    *,
-    resolution: int,
-    steps: int,
-    batch: int,
-    guidance: Guidance,
-    lengths: Sequence[int] | None = None,
-    decode_batch: int | None = None,
-    shortcuts: Shortcuts = FULL,
-) -> Tensor:
+    decoder: Decoder, context: Tensor, seeds: Sequence[int], *,
+    resolution: int, steps: int, batch: int, guidance: Guidance, lengths: Sequence[int] | None = None,
+    decode_batch: int | None = None, shortcuts: Shortcuts = FULL,
+) -> Tensor:  # fmt: skip
     """Draws one image for each row of `context` with the deterministic sampler.
 
     A decoder that draws in fp8 and is not calibrated for this is so first, with up to 32 of the rows.
@@ -228,8 +194,7 @@ def render(
     places = [distinct[seed] for seed in seeds]
     negative, first = guidance.negative(decoder, batch), None
     if negative is not None and len(distinct) < len(seeds):
-        shared = in_batches(lambda x: decoder.velocity(x, sigmas[0], negative), batch, noise)
-        first = pick(shared, places)
+        first = pick(in_batches(lambda x: decoder.velocity(x, sigmas[0], negative), batch, noise), places)
     latents = ode_path(
         decoder, pick(noise, places), context, sigmas, batch, guidance,
         lengths=lengths, first=first, shortcuts=shortcuts,
@@ -249,43 +214,33 @@ def draw(config: Config, models: Models, captions: Sequence[str], seeds: Sequenc
     pairs = list(dict.fromkeys(zip(captions, seeds, strict=True)))
     places = {pair: i for i, pair in enumerate(pairs)}
     words, batch, cheaper = [caption for caption, _ in pairs], config.render.batch, config.cheaper_sampler
+    scale = config.render.guidance_scale
     filled = words + words[-1:] * (-len(words) % batch)
     context = torch.cat([models.condition(filled[i : i + batch]) for i in range(0, len(filled), batch)])
-    images = render(
-        models.decoder,
-        context[: len(words)],
-        [seed for _, seed in pairs],
-        resolution=config.data.resolution,
-        steps=cheaper.steps or config.render.steps,
-        batch=batch,
-        guidance=render_guidance(config, models),
-        lengths=models.lengths(words),
-        decode_batch=config.same_sampler.decode_batch,
-        shortcuts=Shortcuts(cheaper.guided_part, tuple(cheaper.reuse)),
-    )
+    steps = cheaper.steps or config.render.steps
+    with Team().first(lambda: models.decoder.wants_calibration(steps)):  # process 0 calibrates; its file has the scales
+        images = render(
+            models.decoder,
+            context[: len(words)],
+            [seed for _, seed in pairs],
+            resolution=config.data.resolution,
+            steps=steps,
+            batch=batch,
+            guidance=Guidance(scale, None if scale == 1 else models.negative(config.render.negative_prompt)),
+            lengths=models.lengths(words),
+            decode_batch=config.same_sampler.decode_batch,
+            shortcuts=Shortcuts(cheaper.guided_part, tuple(cheaper.reuse)),
+        )
     return pick(images, [places[pair] for pair in zip(captions, seeds, strict=True)])
 
 
 @phase("renders")
 @torch.no_grad()
 def sde_window(
-    decoder: Decoder,
-    context: Tensor,
-    seeds: Sequence[int],
-    step_seeds: Tensor,
-    *,
-    group_size: int,
-    start: int,
-    resolution: int,
-    steps: int,
-    kind: str,
-    noise_level: float,
-    batch: int,
-    micro_batch: int,
-    guidance: Guidance,
-    lengths: Sequence[int] | None = None,
-    decode_batch: int | None = None,
-) -> Trajectory:
+    decoder: Decoder, context: Tensor, seeds: Sequence[int], step_seeds: Tensor, *,
+    group_size: int, start: int, resolution: int, steps: int, kind: str, noise_level: float, batch: int,
+    micro_batch: int, guidance: Guidance, lengths: Sequence[int] | None = None, decode_batch: int | None = None,
+) -> Trajectory:  # fmt: skip
     """Draws `group_size` images for each of n captions, with noise in a window of sampler steps (METHOD §3).
 
     Up to the window a group shares one deterministic path; in the window each drawing takes W stochastic steps of its
@@ -313,37 +268,27 @@ def sde_window(
     own = None if lengths is None else [length for length in lengths for _ in range(group_size)]
     negative = guidance.negative(decoder, micro_batch)
 
-    before, after, log_probs = [], [], []
+    points, log_probs = [x], []
     for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        nexts, probs = [], []
+        nexts, x = [], points[-1]
         for first in range(0, len(x), micro_batch):
             rows = slice(first, first + micro_batch)
             with torch.enable_grad():  # a kernel may be chosen by whether it must give gradients, as in the update
                 velocity = decoder.velocity(x[rows], sigma, context[rows], own and own[rows]).detach()
             result = flow_step(
-                velocity,
-                x[rows],
-                sigma,
-                sigma_next,
-                kind=kind,
-                noise_level=noise_level,
-                sigma_max=sigmas[1],
-                seed=step_seeds[step, rows],
+                velocity, x[rows], sigma, sigma_next, kind=kind, noise_level=noise_level, sigma_max=sigmas[1],
+                seed=step_seeds[step, rows], guidance_scale=guidance.scale,
                 velocity_uncond=guidance.unconditional(decoder, x[rows], sigma, negative),
-                guidance_scale=guidance.scale,
-            )
+            )  # fmt: skip
             assert result.log_prob is not None  # the configuration has noise
             nexts.append(result.next_sample)
-            probs.append(result.log_prob)
-        before.append(x)
-        x = torch.cat(nexts)
-        after.append(x)
-        log_probs.append(torch.cat(probs))
+            log_probs.append(result.log_prob)
+        points.append(torch.cat(nexts))
 
-    latents = ode_path(decoder, x, context, sigmas[start + window :], batch, guidance, lengths=own)
+    latents = ode_path(decoder, points[-1], context, sigmas[start + window :], batch, guidance, lengths=own)
     return Trajectory(
-        latents=torch.cat(before),
-        next_latents=torch.cat(after),
+        latents=torch.cat(points[:-1]),
+        next_latents=torch.cat(points[1:]),
         log_probs=torch.cat(log_probs),
         levels=levels,
         sigma_max=sigmas[1],

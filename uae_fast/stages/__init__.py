@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
+from uae_kernels import group_advantages
 
 from ..config import Config, cheaper
 from ..data import Example
@@ -15,6 +16,7 @@ from ..models import Models
 from ..models.reward import Reward
 from ..phases import phase
 from ..rollout.captions import Captions
+from ..team import Team
 
 Metrics = dict[str, Tensor]
 
@@ -45,14 +47,16 @@ class Stage(Protocol):
         ...
 
     def rollout(self, examples: Sequence[Example], step: int) -> Any:
-        """Everything of a step that needs no gradient. The result has a length (samples) and `metrics`."""
+        """Everything that needs no gradient of this process's part of a step: a length (samples) and `metrics`."""
         ...
 
     def loss(self, rollout: Any, rows: slice) -> tuple[Tensor, Metrics]:
-        """The samples' share of the step's loss, and metrics; shares add up to the step's loss.
+        """The samples' share of the loss of this process's part of the step, and metrics.
 
-        Metrics are 0-d tensors on the device; of several micro-batches the loop takes the mean (the largest, where the
-        name ends in "max").
+        Shares add up to that loss; the step's is the mean over the processes.
+
+        Metrics are 0-d tensors on the device; of several micro-batches and processes the loop takes the mean (the
+        largest or least, where the name says max or min).
         """
         ...
 
@@ -76,6 +80,15 @@ def judge(models: Models, images: Tensor, examples: Sequence[Example]) -> tuple[
 
     rewards = compare(models.reward)
     return rewards, {} if models.heldout is None else {"reward_heldout": compare(models.heldout).mean()}
+
+
+def advantages(rewards: Tensor, settings: Any) -> Tensor:
+    """Advantages (B,) of this process's rewards (B,), whole groups; the spread of a batch is that of all processes'."""
+    team, everybody = Team(), rewards
+    if settings.scale_advantages == "batch" and team.size > 1:
+        everybody = rewards.new_tensor(team.exchange(rewards.tolist())).flatten()
+    found = group_advantages(everybody, settings.group_size, scale=settings.scale_advantages)
+    return found if everybody is rewards else found[team.part(len(found))]
 
 
 def reward_metrics(rewards: Tensor, group_size: int) -> Metrics:

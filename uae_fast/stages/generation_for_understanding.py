@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from PIL import Image
 from torch import Tensor
-from uae_kernels import group_advantages, linear_grpo_loss, linear_logprobs
+from uae_kernels import linear_grpo_loss, linear_logprobs
 
 from ..config import Config
 from ..data import Example
@@ -18,8 +19,10 @@ from ..models.encoder import Patches, Prompt
 from ..rollout.captions import Captions, sample_captions
 from ..rollout.renders import draw
 from ..seeds import derive_seed
+from ..team import Team
 from . import (
     Metrics,
+    advantages,
     caption_metrics,
     judge,
     policy_metrics,
@@ -28,6 +31,8 @@ from . import (
     sampler_metrics,
     sampling_metrics,
 )
+
+OVER_TOKENS = ("bnpo", "dapo", "cispo")  # losses that are divided by the tokens of the step, not by its captions
 
 
 @dataclass
@@ -46,6 +51,7 @@ class CaptionRollout:
     metrics: Metrics
     logprobs: Tensor  # (B, T), filled micro-batch by micro-batch in the first update
     old_logprobs: Tensor | None = None  # (B, T), from the end of the first update on
+    tokens: float | None = None  # of all captions, a mean over the processes, where the loss is divided by them
 
     def __len__(self) -> int:
         return len(self.advantages)
@@ -85,15 +91,15 @@ class GenerationForUnderstanding:
         noise = [derive_seed(config.seed, self.name, "noise", step, e.id) for e in examples for _ in range(size)]
         drawn = draw(config, models, captions.texts, noise)
         rewards, metrics = judge(models, drawn, examples)
-        lengths = captions.mask.sum(1).float()
+        lengths, counts = captions.mask.sum(1).float(), captions.mask.sum(1).tolist()
         if config.reward.token_penalty:
             metrics["reward_similarity"] = rewards.mean()
             rewards = rewards - config.reward.token_penalty * (lengths - config.reward.free_tokens).clamp(min=0)
         rollout = CaptionRollout(
             prompt,
             captions,
-            captions.mask.sum(1).tolist(),
-            advantages=group_advantages(rewards, size, scale=settings.scale_advantages),
+            counts,
+            advantages=advantages(rewards, settings),
             ref_logprobs=torch.empty_like(captions.logprobs) if settings.beta else None,
             metrics={
                 **reward_metrics(rewards, size),
@@ -104,6 +110,7 @@ class GenerationForUnderstanding:
                 "prompts/mean_length": prompt.mask.sum(1).float().mean(),
             },
             logprobs=torch.empty_like(captions.logprobs),
+            tokens=fmean(Team().exchange(sum(counts))) if settings.loss_type in OVER_TOKENS else None,
         )
         if rollout.ref_logprobs is not None:
             for start in range(0, len(rollout), settings.micro_batch):
@@ -144,7 +151,6 @@ class GenerationForUnderstanding:
     def loss(self, rollout: CaptionRollout, rows: slice) -> tuple[Tensor, Metrics]:
         settings, mask = self.settings, rollout.captions.mask
         share = len(mask[rows]) / len(mask)
-        by_tokens = settings.loss_type in ("bnpo", "dapo", "cispo")
         loss, metrics, _, logprobs = linear_grpo_loss(
             self.states(rollout, rows, "policy"),
             self.models.encoder.head.weight,
@@ -160,7 +166,7 @@ class GenerationForUnderstanding:
             clip_high=settings.clip_high,
             beta=settings.beta,
             kl_estimator=settings.kl_estimator,
-            normalizer=mask.sum() if by_tokens else None,
+            normalizer=rollout.tokens,
             max_length=self.config.caption.max_new_tokens,
         )
         found = policy_metrics(metrics)
@@ -169,4 +175,4 @@ class GenerationForUnderstanding:
             if rows.indices(len(rollout))[1] == len(rollout):  # the first update has seen them all
                 rollout.old_logprobs = rollout.logprobs
                 found |= sampling_metrics(rollout.captions, rollout.logprobs)
-        return loss if by_tokens else loss * share, found
+        return loss if settings.loss_type in OVER_TOKENS else loss * share, found

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 from torch import Tensor
-from uae_kernels import flow_grpo_loss, group_advantages
+from uae_kernels import flow_grpo_loss
 
 from ..config import Config
 from ..data import Example
@@ -18,7 +18,7 @@ from ..rollout.captions import sample_captions
 from ..rollout.renders import Guidance, Trajectory, sde_window
 from ..seeds import derive_seed
 from ..transfer import sent
-from . import Metrics, caption_metrics, judge, policy_metrics, prepared, reward_metrics, sampler_metrics
+from . import Metrics, advantages, caption_metrics, judge, policy_metrics, prepared, reward_metrics, sampler_metrics
 
 
 @dataclass
@@ -95,7 +95,7 @@ class UnderstandingForGeneration:
         rewards, metrics = judge(models, trajectory.images, examples)
         rollout = DrawingRollout(
             trajectory,
-            advantages=group_advantages(rewards, size, scale=settings.scale_advantages),
+            advantages=advantages(rewards, settings),
             ref_velocity=None,
             metrics={
                 **reward_metrics(rewards, size),

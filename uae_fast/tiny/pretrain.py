@@ -14,13 +14,15 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..checkpoint import LOCAL
@@ -29,6 +31,7 @@ from ..models.dummy import word_tokenizer
 from ..models.encoder import Encoder
 from ..models.loading import save_decoder, save_encoder, save_reward
 from ..models.projector import Projector
+from ..optim import optimizer_tensors, restore_optimizer
 from ..seeds import derive_seed, generator
 from ..stages.decoder_pretrain import flow_matching_draws, flow_matching_loss
 from .classifier import GROUPS, Classifier, attribute_loss, scene_labels
@@ -80,19 +83,11 @@ def build_vae():
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[8, 16, 32],
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, sample_size=32,
+        block_out_channels=[8, 16, 32], layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+        scaling_factor=1.0, shift_factor=0.0,
+    )  # fmt: skip
 
 
 def build_decoder(vae) -> Decoder:
@@ -100,19 +95,10 @@ def build_decoder(vae) -> Decoder:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
     transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=4,
-        attention_head_dim=32,
-        num_attention_heads=3,
-        joint_attention_dim=96,
-        caption_projection_dim=96,
-        pooled_projection_dim=16,
-        pos_embed_max_size=8,
-        qk_norm="rms_norm",
-    )
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, pos_embed_max_size=8, qk_norm="rms_norm",
+        num_layers=4, attention_head_dim=32, num_attention_heads=3,
+        joint_attention_dim=96, caption_projection_dim=96, pooled_projection_dim=16,
+    )  # fmt: skip
     return Decoder(transformer, vae, FlowMatchEulerDiscreteScheduler(shift=1.0), torch.zeros(16))
 
 
@@ -136,68 +122,56 @@ def build_reward():
     )  # fmt: skip
 
 
-class Trainer:
-    """AdamW with warm-up and cosine decay, a running mean of the weights, and a resumable file."""
+class Part(NamedTuple):
+    """What trains, and how."""
 
-    def __init__(self, name: str, modules: Iterable[nn.Module], folder: Path, steps: int, lr: float, mean: float = 0.0):
-        self.name, self.folder, self.steps, self.lr, self.mean = name, folder, steps, lr, mean
-        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        self.means = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+    modules: Sequence[nn.Module]
+    loss: Callable[[int], Tensor]
+    """Of a step."""
+    save: Callable[[], Any]
+    """Writes what has been trained."""
+    steps: int
+    lr: float
+    mean: float
+    """Decay of the running mean of the weights, which is what they become."""
 
-    def run(self, loss: Callable[[int], Tensor], log_every: int = 100, save_every: int = 500) -> dict[str, float]:
-        """Minimises ``loss(step)``; returns the part's entry for the card."""
-        start, minutes = self._load()
-        began = time.monotonic()
-        recent: list[float] = []
-        for step in range(start, self.steps):
-            warm = min(1.0, (step + 1) / 100)
-            rate = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / self.steps))).item()
-            self.optimizer.param_groups[0]["lr"] = self.lr * warm * (0.02 + 0.98 * rate)
-            value = loss(step)
-            self.optimizer.zero_grad()
-            value.backward()
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            torch._foreach_lerp_(
-                self.means, [p.detach() for p in self.parameters], 1 - min(self.mean, step / (step + 10))
-            )
-            recent = [*recent[-99:], value.item()]
-            spent = minutes + (time.monotonic() - began) / 60
-            if (step + 1) % log_every == 0:
-                mean = sum(recent) / len(recent)
-                print(f"{self.name} {step + 1}/{self.steps} loss {mean:.4f} {spent:.1f} min", flush=True)
-            if (step + 1) % save_every == 0:
-                self._save(step + 1, spent)
-        with torch.no_grad():
-            for parameter, mean_value in zip(self.parameters, self.means, strict=True):
-                parameter.copy_(mean_value)
-        spent = minutes + (time.monotonic() - began) / 60
-        loss_now = sum(recent) / max(1, len(recent))
-        return {"steps": self.steps, "minutes": round(spent, 1), "loss": round(loss_now, 4)}
 
-    def _save(self, step: int, minutes: float) -> None:
-        tensors: dict[str, Tensor] = {}
-        for i, parameter in enumerate(self.parameters):
-            state = self.optimizer.state[parameter]
-            values = (parameter.detach(), self.means[i], state["exp_avg"], state["exp_avg_sq"])
-            tensors |= {f"{i}.{j}": value for j, value in enumerate(values)}
-        path = self.folder / f"{self.name}.resume.safetensors"
-        save_file(tensors, path.with_suffix(".part"), {"step": str(step), "minutes": str(minutes)})
-        path.with_suffix(".part").replace(path)
-
-    def _load(self) -> tuple[int, float]:
-        path = self.folder / f"{self.name}.resume.safetensors"
-        if not path.exists():
-            return 0, 0.0
-        with safe_open(path, "pt") as file, torch.no_grad():
-            step = int(file.metadata()["step"])
-            for i, parameter in enumerate(self.parameters):
-                parameter.copy_(file.get_tensor(f"{i}.0"))
-                self.means[i].copy_(file.get_tensor(f"{i}.1"))
-                moments = {"exp_avg": file.get_tensor(f"{i}.2"), "exp_avg_sq": file.get_tensor(f"{i}.3")}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-            return step, float(file.metadata()["minutes"])
+def minimise(name: str, part: Part, work: Path) -> dict[str, float]:
+    """AdamW with warm-up and cosine decay, going on from a file in `work`; returns the part's entry for the card."""
+    parameters = [p for module in part.modules for p in module.parameters() if p.requires_grad]
+    means = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=part.lr, weight_decay=0.01, betas=(0.9, 0.99))
+    file, start, began = work / f"{name}.resume.safetensors", 0, time.monotonic()
+    kept = {f"{kind}.{i}": x for kind, some in (("weight", parameters), ("mean", means)) for i, x in enumerate(some)}
+    recent: list[float] = []
+    if file.exists():
+        tensors = load_file(file)
+        start, began = int(tensors.pop("step")), began - 60 * tensors.pop("minutes").item()
+        for key, tensor in kept.items():
+            tensor.data.copy_(tensors.pop(key))
+        restore_optimizer(optimizer, tensors)
+    for step in range(start, part.steps):
+        rate = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / part.steps))).item()
+        optimizer.param_groups[0]["lr"] = part.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * rate)
+        value = part.loss(step)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(means, [p.detach() for p in parameters], 1 - min(part.mean, step / (step + 10)))
+        recent = [*recent[-99:], value.item()]
+        spent = (time.monotonic() - began) / 60
+        if (step + 1) % 100 == 0:
+            mean = sum(recent) / len(recent)
+            print(f"{name} {step + 1}/{part.steps} loss {mean:.4f} {spent:.1f} min", flush=True)
+        if (step + 1) % 500 == 0:
+            place = {"step": torch.tensor(step + 1), "minutes": torch.tensor(spent)}
+            save_file({**kept, **optimizer_tensors(optimizer), **place}, file.with_suffix(".part"))
+            file.with_suffix(".part").replace(file)
+    for parameter, value in zip(parameters, means, strict=True):
+        parameter.data.copy_(value)
+    minutes, mean = round((time.monotonic() - began) / 60, 1), sum(recent) / max(1, len(recent))
+    return {"steps": part.steps, "minutes": minutes, "loss": round(mean, 4)}
 
 
 class World:
@@ -231,11 +205,10 @@ def blemished(images: Tensor, rng: torch.Generator) -> Tensor:
     return (images + noise * torch.randn(images.shape, generator=rng)).clamp(0, 1)
 
 
-def train_encoder(folder: Path, work: Path, steps: int = 3500) -> dict:
+def train_encoder(folder: Path) -> Part:
     """Terse captions from pictures, and states that keep what was read."""
     from PIL import Image
 
-    torch.manual_seed(derive_seed(SEED, "encoder"))
     world, encoder = World(), build_encoder()
     model, tokenizer = encoder.model.requires_grad_(True), encoder.tokenizer
     images = [Image.fromarray(scene.draw()) for scene in world.scenes]
@@ -253,13 +226,7 @@ def train_encoder(folder: Path, work: Path, steps: int = 3500) -> dict:
         ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()
         grid = torch.tensor([[1, 4, 4]]).expand(len(rows), -1)
         features = model.model.get_image_features(pixels[rows].flatten(0, 1), grid).pooler_output
-        prompt = type(layout)(
-            layout.ids.expand(len(rows), -1),
-            layout.mask.expand(len(rows), -1),
-            layout.positions.expand(-1, len(rows), -1),
-            tuple(features),
-            layout.lengths * len(rows),
-        )
+        prompt = replace(layout.repeat(len(rows)), features=tuple(features))
         logits = model.lm_head(encoder.caption_states(prompt, ids, mask))
         write = F.cross_entropy(logits[mask], ids[mask])
 
@@ -275,14 +242,12 @@ def train_encoder(folder: Path, work: Path, steps: int = 3500) -> dict:
         )  # fmt: skip
         return write + read + words
 
-    entry = Trainer("encoder", [model, recall, echo], work, steps, 1e-3, mean=0.998).run(loss)
-    save_encoder(encoder, folder / "encoder", dtype=torch.float16)
-    return entry
+    save = partial(save_encoder, encoder, folder / "encoder", dtype=torch.float16)
+    return Part([model, recall, echo], loss, save, 3500, 1e-3, 0.998)
 
 
-def train_reward(folder: Path, work: Path, steps: int = 3000) -> dict:
+def train_reward(folder: Path) -> Part:
     """Contrast of pictures with captions among near twins, and an attribute head on the embedding."""
-    torch.manual_seed(derive_seed(SEED, "reward"))
     world, model, tokenizer = World(), build_reward(), build_encoder().tokenizer
     head = nn.Linear(96, sum(GROUPS))
     twins = [(scene.background, tuple(item.position for item in scene.objects)) for scene in world.scenes]
@@ -297,27 +262,21 @@ def train_reward(folder: Path, work: Path, steps: int = 3000) -> dict:
         images = blemished(world.pictures[rows], generator(SEED, "reward", step))
         captions = [f"{scene.caption()} <|im_end|>" for scene in scenes]
         tokens = tokenizer(captions, padding=True, return_tensors="pt")
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
         image = F.normalize(model.get_image_features(pixel_values=(images - 0.5) / 0.25).pooler_output, dim=-1)
-        text = F.normalize(
-            model.get_text_features(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-            ).pooler_output,
-            dim=-1,
-        )
+        text = F.normalize(model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output, dim=-1)
         logits = model.logit_scale.exp().clamp(max=30) * image @ text.T
         same = torch.tensor(rows)[:, None] == torch.tensor(rows)
         target = same / same.sum(1, keepdim=True)
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return 0.2 * contrast + attribute_loss(head(image) * 4, scene_labels(scenes))
 
-    entry = Trainer("reward", [model, head], work, steps, 1e-3, mean=0.998).run(loss)
-    save_reward(model, folder / "reward", mean=[0.5] * 3, std=[0.25] * 3, dtype=torch.float16)
-    return entry
+    save = partial(save_reward, model, folder / "reward", mean=[0.5] * 3, std=[0.25] * 3, dtype=torch.float16)
+    return Part([model, head], loss, save, 3000, 1e-3, 0.998)
 
 
-def train_classifier(folder: Path, work: Path, steps: int = 2000) -> dict:
+def train_classifier(folder: Path) -> Part:
     """Attributes from blemished pictures."""
-    torch.manual_seed(derive_seed(SEED, "classifier"))
     world, model = World(), Classifier()
 
     def loss(step: int) -> Tensor:
@@ -325,14 +284,11 @@ def train_classifier(folder: Path, work: Path, steps: int = 2000) -> dict:
         images = blemished(world.pictures[rows], generator(SEED, "classifier", step))
         return attribute_loss(model(images), scene_labels([world.scenes[i] for i in rows]))
 
-    entry = Trainer("classifier", [model], work, steps, 2e-3, mean=0.99).run(loss)
-    model.save(folder)
-    return entry
+    return Part([model], loss, lambda: model.save(folder), 2000, 2e-3, 0.99)
 
 
-def train_vae(folder: Path, work: Path, steps: int = 3000) -> dict:
+def train_vae(folder: Path) -> Part:
     """Pictures to latents of unit variance and back."""
-    torch.manual_seed(derive_seed(SEED, "vae"))
     world, vae = World(), build_vae()
 
     def loss(step: int) -> Tensor:
@@ -344,22 +300,22 @@ def train_vae(folder: Path, work: Path, steps: int = 3000) -> dict:
         drawn = vae.decode(latents).sample
         return F.l1_loss(drawn, images) + F.mse_loss(drawn, images) + 1e-4 * posterior.kl().mean() / 256
 
-    entry = Trainer("vae", [vae], work, steps, 2e-3, mean=0.998).run(loss)
-    with torch.no_grad():
+    @torch.no_grad()
+    def save() -> None:
         means = vae.encode(world.pictures[::8] * 2 - 1).latent_dist.mean
-    vae.register_to_config(shift_factor=means.mean().item(), scaling_factor=1 / means.std().item())
-    vae.half().save_pretrained(folder / "decoder" / "vae")
-    return entry
+        vae.register_to_config(shift_factor=means.mean().item(), scaling_factor=1 / means.std().item())
+        vae.half().save_pretrained(folder / "decoder" / "vae")
+
+    return Part([vae], loss, save, 3000, 2e-3, 0.998)
 
 
-def train_decoder(folder: Path, work: Path, steps: int = 550) -> dict:
+def train_decoder(folder: Path) -> Part:
     """Stage 0: complete captions, re-read by the finished encoder."""
     from diffusers import AutoencoderKL
 
     from ..models.loading import load_encoder
     from ..models.sources import Source
 
-    torch.manual_seed(derive_seed(SEED, "decoder"))
     world = World()
     encoder = load_encoder(Source(str(folder / "encoder")), caption_prompt=PROMPT, condition_length=CONDITION_LENGTH)
     vae = AutoencoderKL.from_pretrained(folder / "decoder" / "vae", torch_dtype=torch.float32, **LOCAL)
@@ -376,18 +332,12 @@ def train_decoder(folder: Path, work: Path, steps: int = 550) -> dict:
         draws = flow_matching_draws(x0.shape, generator(SEED, "decoder", step))
         return flow_matching_loss(decoder, x0, projector(states, mask), *draws)
 
-    entry = Trainer("decoder", [decoder.transformer, projector], work, steps, 1.5e-3, mean=0.999).run(loss)
-    save_decoder(decoder, projector, folder, dtype=torch.float16)
-    return entry
+    save = partial(save_decoder, decoder, projector, folder, dtype=torch.float16)
+    return Part([decoder.transformer, projector], loss, save, 550, 1.5e-3, 0.999)
 
 
-PARTS = {  # in this order: the decoder is trained with encoder and VAE
-    "encoder": train_encoder,
-    "reward": train_reward,
-    "classifier": train_classifier,
-    "vae": train_vae,
-    "decoder": train_decoder,
-}
+# In this order: the decoder is trained with encoder and VAE
+PARTS = (train_encoder, train_reward, train_classifier, train_vae, train_decoder)
 
 
 def pretrain(folder: Path, work: Path) -> None:
@@ -401,8 +351,12 @@ def pretrain(folder: Path, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     card = folder / "card.json"
     entries = json.loads(card.read_text()) if card.exists() else {}
-    for part, train in PARTS.items():
-        if part not in entries:
-            entries[part] = train(folder, work)
+    for prepare in PARTS:
+        name = prepare.__name__.removeprefix("train_")
+        if name not in entries:
+            torch.manual_seed(derive_seed(SEED, name))
+            part = prepare(folder)
+            entries[name] = minimise(name, part, work)
+            part.save()
             card.write_text(json.dumps(entries, indent=1) + "\n")
-        print(part, entries[part], flush=True)
+        print(name, entries[name], flush=True)

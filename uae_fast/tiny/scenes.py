@@ -53,7 +53,7 @@ class Scene:
 
     def attributes(self) -> list[str]:
         """The attribute words of the complete caption, in its order."""
-        return [word for word in self.caption().split() if word in ATTRIBUTE_WORDS]
+        return attribute_words(self.caption())
 
     def caption(self) -> str:
         """The complete caption, e.g. "a red circle top-left and a blue square bottom-right on white"."""
@@ -129,20 +129,9 @@ def sample_scenes(split: str, count: int, seed: int) -> list[Scene]:
 
 
 @cache
-def _scenes_by_caption() -> dict[str, Scene]:
+def scenes_by_caption() -> dict[str, Scene]:
+    """Every scene by its complete caption."""
     return {scene.caption(): scene for scene in all_scenes()}
-
-
-def read_scene(caption: str) -> Scene:
-    """The scene that a complete caption describes.
-
-    Raises:
-        ValueError: the caption is not a complete one.
-    """
-    try:
-        return _scenes_by_caption()[caption]
-    except KeyError:
-        raise ValueError(f"not a complete caption of this world: {caption!r}") from None
 
 
 def attribute_words(caption: str) -> list[str]:

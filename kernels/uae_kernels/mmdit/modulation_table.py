@@ -93,7 +93,7 @@ class ModulationTable:
             if not may_wait(layer):
                 raise ValueError(f"ModulationTable: {type(parent).__name__}.{name} is a {type(layer).__name__}")
         weight = transformer.pos_embed.proj.weight
-        self.timesteps, self.pooled = timesteps.to(weight.device), pooled.detach().to(weight)
+        self.timesteps, self.pooled = timesteps.to(weight.device), pooled.detach().to(weight, copy=True)
         layers, rows = modulation_layers(transformer).values(), []
         with torch.no_grad():
             for timestep in self.timesteps.split(1):  # each alone: its bits do not depend on what else is in the table
@@ -102,8 +102,9 @@ class ModulationTable:
         self.values = torch.cat([torch.cat(row, 1) for row in rows])
         self.sizes = [value.shape[1] for value in rows[0]]
         self._made_from = [(weakref.ref(weight), version(weight)) for weight in _weights(places)]
-        # What identifies the pooled tensors found to be the table's, and these, so that nothing else takes their memory
+        # Where the rows lie that were found to be the table's, and these, so that nothing else takes their memory
         self._known: dict[tuple, Tensor] = {}
+        self._remember(pooled[None])
 
     def was_made_from(self, transformer: Any) -> bool:
         """Whether these are the transformer's modulations: its own weights, unchanged since."""
@@ -113,18 +114,23 @@ class ModulationTable:
         )
 
     def serves(self, pooled: Tensor) -> bool:
-        """Whether pooled (B, D) is the table's in every row; a tensor is looked at again when it has changed."""
-        count = version(pooled)
-        key = pooled.data_ptr(), count, pooled.shape, pooled.stride(), pooled.dtype
-        if key in self._known:
+        """Whether pooled (B, D) is the table's in every row.
+
+        Told from where it lies if it was the table's before, as the tensor it was made for is, and has not changed.
+        """
+        if _place(pooled) in self._known:
             return True
         if not torch.equal(pooled.to(self.pooled), self.pooled.expand_as(pooled)):
             return False
-        if count is not None:
-            if len(self._known) == KNOWN:
-                del self._known[next(iter(self._known))]
-            self._known[key] = pooled
+        self._remember(pooled)
         return True
+
+    def _remember(self, pooled: Tensor) -> None:
+        if version(pooled) is None:
+            return
+        if len(self._known) == KNOWN:
+            del self._known[next(iter(self._known))]
+        self._known[_place(pooled)] = pooled
 
     def rows(self, timestep: Tensor) -> list[Tensor]:
         """The modulations (B, K_i) of each layer at timestep (B,), without a synchronisation; views if all are equal.
@@ -139,6 +145,14 @@ class ModulationTable:
         torch._assert_async(found.any(1).all(), "ModulationTable: a timestep is not in the table")
         rows = self.values.index_select(0, found.int().argmax(1))
         return list(rows.expand(len(timestep), -1).split(self.sizes, 1))
+
+
+def _place(pooled: Tensor) -> tuple:
+    """Changes with what pooled (B, D) holds, not with how often it repeats one row."""
+    alike = pooled.stride(0) == 0 or len(pooled) == 1
+    rows = pooled[0] if alike else pooled
+    storage = rows.untyped_storage()._cdata
+    return storage, rows.storage_offset(), version(rows), rows.shape, rows.stride(), rows.dtype
 
 
 def _weights(places: list[tuple[nn.Module, str, nn.Module]]) -> list[nn.Parameter]:
@@ -178,6 +192,7 @@ class TableInUse:
         made = memo[id(self)] = copy.copy(self)
         made.__dict__ = copy.deepcopy(self.__dict__, memo)
         made._note_weights()  # a copied tensor counts its changes from 0
+        made.table._known.clear()  # and lies elsewhere
         return made
 
     def reason_against(self, pooled: Tensor) -> str | None:

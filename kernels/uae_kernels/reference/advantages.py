@@ -1,12 +1,11 @@
 """Definition of `uae_kernels.group_advantages`."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .._common import check_choice, check_impl, compute_dtype, number
+from .._common import check_choice, check_impl, clamped, compute_dtype, number
 
 
 def group_advantages(
@@ -26,11 +25,6 @@ def group_advantages(
     """See `uae_kernels.group_advantages`; differentiable in `rewards`."""
     check_impl("group_advantages", impl)
     check_arguments(rewards, group_size, group_ids, reward_weights, aggregation, scale, leave_one_out)
-    simple = rewards.dim() == 1 and reward_weights is None and aggregation == "sum_then_normalize" and scale != "batch"
-    if simple and group_size is not None and _seen_finite(rewards):
-        grouped = rewards.to(compute_dtype(rewards)).reshape(-1, group_size)
-        advantages = _finite_groups(grouped, scale, unbiased, eps, leave_one_out).flatten()
-        return advantages if clip is None else advantages.clamp(-clip, clip)
     table = rewards.to(compute_dtype(rewards))
     table = table[:, None] if table.dim() == 1 else table  # (B, R)
     weights = weight_row(reward_weights, table)
@@ -61,26 +55,7 @@ def group_advantages(
         informative = scored & ~all_constant & ~constant[0]
         advantages = torch.where(informative, total - mean[0], 0) / (std[0] + eps)
 
-    return advantages if clip is None else advantages.clamp(-clip, clip)
-
-
-def _seen_finite(rewards: Tensor) -> bool:
-    """Whether all are known to be finite: on a CPU, where a look costs nothing."""
-    return rewards.device.type == "cpu" and not torch.compiler.is_compiling() and math.isfinite(rewards.sum().item())
-
-
-def _finite_groups(x: Tensor, scale: str, unbiased: bool, eps: float, leave_one_out: bool) -> Tensor:
-    """The same of one finite reward a sample, (groups, members): a third of the operations."""
-    members = x.shape[1]
-    low, high = x.detach().aminmax(dim=1, keepdim=True)
-    constant = low == high
-    advantages = d = x - x.mean(1, keepdim=True)
-    if leave_one_out:
-        advantages = d * (members / max(members - 1, 1))
-    if scale == "group":
-        variance = d.square().sum(1, keepdim=True) / max(members - int(unbiased), 1)
-        advantages = advantages / (torch.where(constant, 1, variance).sqrt() + eps)
-    return torch.where(constant, 0, advantages)
+    return advantages if clip is None else clamped(advantages, -clip, clip)
 
 
 def check_arguments(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._common import GRPOLoss, check_choice, check_impl, compute_dtype, per_sample
+from .._common import GRPOLoss, check_choice, check_impl, clamped, compute_dtype
 from .flow_step import NOISE_LEVEL, check_step, coefficients, guided, log_density, row_mean_square
 from .grpo_loss import MAX_EXPONENT
 
@@ -35,21 +35,22 @@ def flow_grpo_loss(
 ) -> GRPOLoss:
     """See `uae_kernels.flow_grpo_loss`; differentiable in `velocity`, `velocity_uncond` and `sample`."""
     check_impl("flow_grpo_loss", impl)
-    check_step("flow_grpo_loss", velocity, sample, kind, noise_level, velocity_uncond, log_prob)
+    sigmas = sigma, sigma_next, sigma_next if sigma_max is None else sigma_max
+    check_step("flow_grpo_loss", velocity, sample, sigmas, kind, noise_level, velocity_uncond, log_prob)
     check_loss(sample, next_sample, old_log_prob, advantages, kind, noise_level, ref_velocity, beta, kl)
     noise_level = NOISE_LEVEL[kind] if noise_level is None else noise_level
     dtype = compute_dtype(velocity, sample)
-    v = guided(velocity, velocity_uncond, guidance_scale, dtype)
-    sigmas = sigma, sigma_next, sigma_next if sigma_max is None else sigma_max
-    columns = (per_sample(value, sample).to(dtype).view(-1, *[1] * (sample.dim() - 1)) for value in sigmas)
-    a, b, std, s = coefficients(columns, kind, noise_level)
-    mean = (a * sample.to(dtype)).addcmul_(b, v)
-    logp = log_density(next_sample.detach().to(mean.dtype), mean, std, log_prob)
+    v, x = guided(velocity, velocity_uncond, guidance_scale, dtype), sample.to(dtype)
+    a, b, std, s = coefficients(x, sigmas, kind, noise_level)
+    mean = (a * x).addcmul_(b, v)
+    logp = log_density(next_sample.detach().to(dtype), mean, std, log_prob)
 
-    advantage, _, ratio, free, clipped = surrogates(
-        logp, old_log_prob.detach(), advantages.detach(), clip_range, advantage_clip
-    )
-    per_token = torch.maximum(free, clipped)
+    # L = max(−A·r, −A·clip(r, 1 ± c)), r = exp(log π − log π_old)
+    advantage = advantages.detach().to(dtype)
+    if advantage_clip is not None:
+        advantage = clamped(advantage, -advantage_clip, advantage_clip)
+    ratio = (logp - old_log_prob.detach().to(dtype)).clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+    per_token = torch.maximum(-advantage * ratio, -advantage * clamped(ratio, 1 - clip_range, 1 + clip_range))
 
     divergence = torch.zeros_like(logp)
     if ref_velocity is not None:
@@ -60,7 +61,7 @@ def flow_grpo_loss(
         else:
             # KL(N(μ, std²)‖N(μ_ref, std²)) = (μ − μ_ref)²/(2·std²), μ_ref a constant; Flow-GRPO's code leaves −dt out
             # of std²
-            mean_ref = (a * sample.detach().to(dtype)).addcmul_(b, v_ref)
+            mean_ref = (a * x.detach()).addcmul_(b, v_ref)
             width = (std if kl == "gaussian" else s).flatten()
             exact = width == 0
             divergence = row_mean_square(mean, mean_ref) / (2 * torch.where(exact, 1, width).square())
@@ -79,18 +80,6 @@ def flow_grpo_loss(
             ((ratio > 1 + clip_range) & (advantage > 0)).to(dtype).sum() / samples,
         )
     return GRPOLoss(loss, dict(zip(METRICS, values, strict=True)), per_token, logp.detach())
-
-
-def surrogates(
-    logp: Tensor, old: Tensor, advantages: Tensor, clip_range: float, advantage_clip: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A within its clip, log r, r = exp(log π − log π_old), and the sides of L = max(−A·r, −A·clip(r, 1 ± c))."""
-    a = advantages.to(logp.dtype)
-    if advantage_clip is not None:
-        a = a.clamp(-advantage_clip, advantage_clip)
-    log_ratio = logp - old.to(logp.dtype)
-    ratio = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
-    return a, log_ratio, ratio, -a * ratio, -a * ratio.clamp(1 - clip_range, 1 + clip_range)
 
 
 def check_loss(

@@ -1,12 +1,12 @@
 """Definition of `uae_kernels.flow_step`."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .._common import FlowStep, check_choice, check_impl, compute_dtype, per_sample, row_sum
+from .._common import FlowStep, check_choice, check_impl, compute_dtype, number
 
 KINDS = ("ode", "flow_sde", "dance_sde", "cps")
 NOISE_LEVEL = {"ode": 0.0, "flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8}
@@ -38,26 +38,20 @@ def flow_step(
 ) -> FlowStep:
     """See `uae_kernels.flow_step`; differentiable in `velocity`, `velocity_uncond` and `sample`."""
     check_impl("flow_step", impl)
-    check_step("flow_step", velocity, sample, kind, noise_level, velocity_uncond, log_prob)
+    sigmas = sigma, sigma_next, sigma_next if sigma_max is None else sigma_max
+    check_step("flow_step", velocity, sample, sigmas, kind, noise_level, velocity_uncond, log_prob)
     check_noise(sample, noise, seed, next_sample)
     noise_level = NOISE_LEVEL[kind] if noise_level is None else noise_level
     deterministic = kind == "ode" or noise_level == 0
     dtype = compute_dtype(velocity, sample)
-    mean, std, _ = transition(
-        guided(velocity, velocity_uncond, guidance_scale, dtype),
-        sample.to(dtype),
-        per_sample(sigma, sample),
-        per_sample(sigma_next, sample),
-        per_sample(sigma_next if sigma_max is None else sigma_max, sample),
-        kind,
-        noise_level,
-    )
+    v, x = guided(velocity, velocity_uncond, guidance_scale, dtype), sample.to(dtype)
+    mean, std, _ = transition(v, x, *sigmas, kind, noise_level)
     if next_sample is not None:
         next_sample = next_sample.to(dtype)
     elif deterministic:
         next_sample = mean
     else:
-        noise = draw(sample, seed) if noise is None else noise.clone()
+        noise = draw(x, seed) if noise is None else noise.clone()
         next_sample = noise.to(dtype).mul_(std).add_(mean)
     if deterministic:
         return FlowStep(next_sample, None, mean, std)
@@ -77,24 +71,26 @@ def guided(velocity: Tensor, velocity_uncond: Tensor | None, guidance_scale: flo
 def transition(
     v: Tensor,
     x: Tensor,
-    sigma: Tensor,
-    sigma_next: Tensor,
-    sigma_max: Tensor,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    sigma_max: float | Tensor,
     kind: str,
     noise_level: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (B, ...), standard deviation and diffusion coefficient (B, 1, ..., 1) of p(x' | x); σ's are (B,)."""
-    sigmas = (s.to(v.dtype).view(-1, *[1] * (x.dim() - 1)) for s in (sigma, sigma_next, sigma_max))
-    a, b, std, s = coefficients(sigmas, kind, noise_level)
+    """Mean (B, ...), standard deviation and diffusion coefficient (B, 1, ..., 1) of p(x' | x)."""
+    a, b, std, s = coefficients(x, (sigma, sigma_next, sigma_max), kind, noise_level)
     return (a * x).addcmul_(b, v), std, s
 
 
-def coefficients(sigmas: Iterable[Tensor], kind: str, noise_level: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean = a·x + b·v, the standard deviation and the diffusion coefficient s, all shaped like the σ's: σ, σ', σ_max.
+def coefficients(
+    x: Tensor, sigmas: Sequence[float | Tensor], kind: str, noise_level: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean = a·x + b·v, the standard deviation and the diffusion coefficient s, all (B, 1, ..., 1); of σ, σ', σ_max.
 
     v = ε − x0, x = (1 − σ)·x0 + σ·ε, dt = σ' − σ < 0.
     """
-    sigma, sigma_next, sigma_max = sigmas
+    rows = (s.to(x) if isinstance(s, Tensor) else number(s, x) for s in sigmas)
+    sigma, sigma_next, sigma_max = (s.expand(len(x)).view(-1, *[1] * (x.dim() - 1)) for s in rows)
     if kind == "cps":
         # Flow-CPS (arXiv 2509.05952): mean = (1 − σ')·x0 + σ' cos θ·x1 with x0 = x − σv, x1 = x + (1 − σ)v; the
         # coefficients preserve the noise level, (σ' cos θ)² + (σ' sin θ)² = σ'²
@@ -129,14 +125,21 @@ def log_density(x: Tensor, mean: Tensor, std: Tensor, form: str) -> Tensor:
 
 
 def row_mean_square(x: Tensor, y: Tensor) -> Tensor:
-    """(B, ...) -> mean (x − y)² of each sample (B,)."""
-    return row_sum(torch.nn.functional.mse_loss(x, y, reduction="none").flatten(1)) / x.shape[1:].numel()
+    """(B, ...) -> mean (x − y)² of each sample (B,), in an order that does not depend on B.
+
+    One long sum with a single result would be split over threads; sums of 1,024 never are.
+    """
+    squares = torch.nn.functional.mse_loss(x, y, reduction="none").flatten(1)
+    rows, n = squares.shape
+    if n % 1024:
+        squares = torch.nn.functional.pad(squares, (0, -n % 1024))
+    return squares.reshape(rows, squares.shape[1] // 1024, 1024).sum(-1).sum(-1) / n
 
 
 def draw(sample: Tensor, seed: int | Tensor | None) -> Tensor:
     """Standard normal noise of `sample`'s shape: from torch's generator, or from one key per sample."""
     if seed is None:
-        return torch.randn(sample.shape, dtype=compute_dtype(sample), device=sample.device)
+        return torch.randn_like(sample)
     keys = seed_keys(seed, sample)
     return philox_normal(keys, sample.shape[1:].numel()).view(sample.shape)
 
@@ -216,6 +219,7 @@ def check_step(
     op: str,
     velocity: Tensor,
     sample: Tensor,
+    sigmas: Sequence[float | Tensor],
     kind: str,
     noise_level: float | None,
     velocity_uncond: Tensor | None,
@@ -228,6 +232,11 @@ def check_step(
             raise ValueError(f"{op}: {name} must be {tuple(sample.shape)} like sample, got {tuple(value.shape)}")
     if sample.dim() < 2 or not sample.is_floating_point():
         raise ValueError(f"{op}: sample must be floats of shape (B, ...), got {tuple(sample.shape)}")
+    for sigma in sigmas:
+        if isinstance(sigma, Tensor) and sigma.shape not in ((), sample.shape[:1]):
+            raise ValueError(
+                f"{op}: a σ must be a number or a tensor of shape () or ({len(sample)},), got {tuple(sigma.shape)}"
+            )
     if noise_level is not None and noise_level < 0:
         raise ValueError(f"{op}: noise_level must not be negative, got {noise_level}")
     if kind == "cps" and noise_level is not None and noise_level > 1:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._common import GRPOLoss, check_choice, check_impl, compute_dtype
+from .._common import GRPOLoss, check_choice, check_impl, clamped, compute_dtype, number
 from .advantages import group_advantages
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "luspo_legacy")
@@ -53,17 +53,9 @@ def grpo_loss(
     """See `uae_kernels.grpo_loss`; differentiable in `logprobs` and, through the bonus, `entropies`."""
     check_impl("grpo_loss", impl)
     check_arguments(
-        logprobs,
-        advantages,
-        rewards,
-        group_size,
-        (mask, old_logprobs, ref_logprobs, sampling_logprobs, entropies),
-        loss_type,
-        importance_level,
-        kl_estimator,
-        importance_mode,
-    )
-    check_needs(beta, ref_logprobs, entropy_quantile, entropy_coef, entropies)
+        logprobs, advantages, rewards, group_size, (mask, old_logprobs, ref_logprobs, sampling_logprobs, entropies),
+        loss_type, importance_level, kl_estimator, importance_mode, beta, entropy_quantile, entropy_coef,
+    )  # fmt: skip
     shape, dtype = logprobs.shape, compute_dtype(logprobs)
     clip_high = clip_low if clip_high is None else clip_high
     m = kept_tokens(logprobs, mask)
@@ -106,16 +98,16 @@ def grpo_loss(
     low = high = torch.zeros_like(m)
     if loss_type in CLIPPED:
         # L = −min(min(r, δ)·A, clip(r, 1 − ε_low, 1 + ε_high)·A)
-        free = ratio if delta is None else ratio.clamp(max=delta)
-        per_token = -torch.minimum(free * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a)
+        free = ratio if delta is None else clamped(ratio, high=delta)
+        per_token = -torch.minimum(free * a, clamped(ratio, 1 - clip_low, 1 + clip_high) * a)
         low, high = (ratio < 1 - clip_low) & (a < 0), (ratio > 1 + clip_high) & (a > 0)
     elif loss_type == "cispo":
         # L = −sg(min(r, ε_high))·A·log π  (arXiv 2506.13585); ε_high is the cap itself
-        per_token = -ratio.detach().clamp(max=clip_high) * a * logp
+        per_token = -clamped(ratio.detach(), high=clip_high) * a * logp
         high = (ratio > clip_high) & (a > 0)
     elif loss_type == "sapo":
         # L = −(4/τ)·σ(τ(r − 1))·A, τ by the sign of A  (arXiv 2511.20347)
-        tau = torch.full_like(a, sapo_temperature[1]).masked_fill(a > 0, sapo_temperature[0])
+        tau = torch.where(a > 0, number(sapo_temperature[0], a), number(sapo_temperature[1], a))
         per_token = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * a
     else:
         # L = −φ·A·log π
@@ -177,7 +169,7 @@ def sampler_correction(gap: Tensor, m: Tensor, mode: str, floor: float, cap: flo
         gap = gap.sum(1, keepdim=True)
     rho = gap.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
     if mode.endswith("truncate"):
-        rho = rho.clamp(floor, cap)
+        rho = clamped(rho, floor, cap)
     else:
         rho = torch.where((rho >= floor) & (rho <= cap), rho, 0)
     return rho if mode.startswith("sequence") else torch.where(m, rho, 1)
@@ -188,8 +180,8 @@ def vespo_weight(log_ratio: Tensor, correction: Tensor, a: Tensor, vespo: tuple[
     log_w = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).sum(1, keepdim=True)
     log_w = log_w + correction.log().clamp(MIN_LOG_WEIGHT, MAX_EXPONENT).sum(1, keepdim=True)
     log_w = log_w.clamp(MIN_LOG_WEIGHT, MAX_EXPONENT)
-    k = torch.full_like(a, vespo[2]).masked_fill(a >= 0, vespo[0])
-    lam = torch.full_like(a, vespo[3]).masked_fill(a >= 0, vespo[1])
+    k_positive, lam_positive, k_negative, lam_negative = (number(x, a) for x in vespo)
+    k, lam = torch.where(a >= 0, k_positive, k_negative), torch.where(a >= 0, lam_positive, lam_negative)
     return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -248,6 +240,9 @@ def check_arguments(
     importance_level: str,
     kl_estimator: str,
     importance_mode: str,
+    beta: float,
+    entropy_quantile: float | None,
+    entropy_coef: float,
 ) -> None:
     op = "grpo_loss"
     check_choice(op, "loss_type", loss_type, LOSS_TYPES)
@@ -270,17 +265,9 @@ def check_arguments(
         raise ValueError(f"{op}: rewards must be ({logprobs.shape[0]},) and come with group_size")
     if group_size is not None and (group_size < 1 or logprobs.shape[0] % group_size):
         raise ValueError(f"{op}: {logprobs.shape[0]} sequences are not whole groups of {group_size}")
-
-
-def check_needs(
-    beta: float,
-    ref_logprobs: Tensor | None,
-    entropy_quantile: float | None,
-    entropy_coef: float,
-    entropies: Tensor | None,
-) -> None:
-    """An option whose input is missing is an error, never dropped."""
+    # An option whose input is missing is an error, never dropped.
+    _, _, ref_logprobs, _, entropies = per_token
     if ref_logprobs is None and beta != 0.0:
-        raise ValueError("grpo_loss: beta needs ref_logprobs")
+        raise ValueError(f"{op}: beta needs ref_logprobs")
     if entropies is None and (entropy_quantile is not None or entropy_coef != 0.0):
-        raise ValueError("grpo_loss: entropy_quantile and entropy_coef need entropies")
+        raise ValueError(f"{op}: entropy_quantile and entropy_coef need entropies")

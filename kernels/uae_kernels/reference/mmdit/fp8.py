@@ -33,7 +33,9 @@ def quantize_rows(x: Tensor, *, scale: Tensor | None = None, gelu: bool = False,
 def in_e4m3(x: Tensor, scale: Tensor | None = None, plain: Tensor | None = None) -> Quantized:
     """fp32 rows x (..., C) as e4m3 numbers, of a scale that is given, () or (B,), or of each row's own."""
     if scale is None:
-        scales = (x.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=SMALLEST_SCALE)
+        largest = x.abs().amax(-1, keepdim=True).float()
+        # By a tensor: a number's reciprocal is what PyTorch multiplies with on a GPU
+        scales = (largest / torch.full_like(largest, LARGEST)).clamp(min=SMALLEST_SCALE)
     else:
         scales = scale.float().view(-1, *[1] * (x.dim() - 1)).expand(*x.shape[:-1], 1).contiguous()
     return Quantized((x * (1 / scales)).clamp(-LARGEST, LARGEST).to(E4M3), scales, plain)

@@ -31,7 +31,7 @@ def token_logprobs(
     alive = scored & (z.detach().amax(-1) != -torch.inf)  # a row of -inf has log-probability -inf, no gradient
     z = torch.where(alive[..., None], z, 0)
     log_p = torch.log_softmax(z, -1)
-    index = torch.where(scored, targets, 0)[..., None]
+    index = torch.where(scored, targets, 0)[..., None].long()
     logprobs = torch.where(alive, log_p.gather(-1, index)[..., 0], -torch.inf)
     logprobs = torch.where(scored, logprobs, 0)
     if not return_entropy:

@@ -24,7 +24,7 @@ from .kernels.memory import NAME as MEMORY
 from .kernels.report import exponents, size
 from .kernels.scaling import OP as SCALING
 from .kernels.test_speed import OPS
-from .rows import OURS, RESULTS, ROOT, UNJUDGED, Row, case_of, is_ours, label, newest, ratio, read, verdict
+from .rows import OURS, RESULTS, ROOT, UNJUDGED, Row, case_of, is_ours, label, like, newest, ratio, read, verdict
 from .sampler import counted, denoise
 from .trainer import learning
 
@@ -111,7 +111,8 @@ def compared(rows: list[Row], columns: Columns) -> list[str]:
         timed = sorted(filter(is_timed, found), key=lambda row: not is_ours(row))
         for row in timed:
             name = f"{row['variant']}, {row['dtype']}, {size(row)}: " if row is timed[0] else ""
-            lines.append(bold([name + label(row), *(cell(row, timed[0]) for cell in columns.values())], is_ours(row)))
+            own = like(row, list(filter(is_ours, timed)))
+            lines.append(bold([name + label(row), *(cell(row, own) for cell in columns.values())], is_ours(row)))
         for row in found:
             if not is_timed(row):
                 absent[f"{row['contestant']} ({row['reason']})"].append(row["variant"])
@@ -163,10 +164,10 @@ def beside(rows: Iterable[Row]) -> list[Beside]:
         best[case_of(row)].append(row)
     pairs = []
     for found in best.values():
-        own = next(row for row in found if is_ours(row))  # `newest` has no runs without
         rivals = [row for row in found if not is_ours(row)]
         if rivals:
             rival = min(rivals, key=lambda row: row["median_ms"])
+            own = like(rival, list(filter(is_ours, found)))  # `newest` has no runs without
             paired = ratio(own, rival)
             times = paired.median if paired else rival["median_ms"] / own["median_ms"]
             pairs.append(Beside(own, rival, verdict(own, rival), times))

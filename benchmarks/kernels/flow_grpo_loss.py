@@ -65,8 +65,8 @@ def plain(
 
 
 def contestants(case: Case) -> list[Contestant]:
-    def own(given: Any, impl: str) -> Step:
-        call = partial(loss, flow_grpo_loss, case, given, impl=impl)
+    def own(given: Any, impl: str, function: Any = flow_grpo_loss) -> Step:
+        call = partial(loss, function, case, given, impl=impl)
         return training_step("loss", call, {"velocity": given.velocity})
 
     def rival(given: Any, function: Any) -> Step:
@@ -77,7 +77,7 @@ def contestants(case: Case) -> list[Contestant]:
         return training_step("loss", call, {"velocity": given.velocity})
 
     return [
-        *ours(case, own),
+        *ours(case, own, lambda given: own(given, "auto", compiled(case, flow_grpo_loss))),
         Contestant("eager, Flow-GRPO's formula", lambda given: rival(given, plain)),
         Contestant("torch.compile of eager", lambda given: rival(given, compiled(case, plain))),
     ]

@@ -83,10 +83,10 @@ def eager(
 
 
 def contestants(case: Case) -> list[Contestant]:
-    def own(given: Any, impl: str) -> Step:
+    def own(given: Any, impl: str, function: Any = flow_step) -> Step:
         if case.variant == "draw":
-            return no_grad(lambda: flow_step(**policy(given), seed=given.seed, impl=impl).mean)
-        replay = partial(flow_step, **policy(given), next_sample=given.next_sample, impl=impl)
+            return no_grad(lambda: function(**policy(given), seed=given.seed, impl=impl).mean)
+        replay = partial(function, **policy(given), next_sample=given.next_sample, impl=impl)
         return training_step("log_prob", lambda: replay().log_prob, {"velocity": given.velocity}, given.upstream)
 
     def rival(given: Any, function: Any) -> Step:
@@ -100,7 +100,7 @@ def contestants(case: Case) -> list[Contestant]:
         return training_step("log_prob", lambda: call()[1], {"velocity": given.velocity}, given.upstream)
 
     return [
-        *ours(case, own),
+        *ours(case, own, lambda given: own(given, "auto", compiled(case, flow_step))),
         Contestant("eager, Flow-GRPO's formula", lambda given: rival(given, eager)),
         Contestant("torch.compile of eager", lambda given: rival(given, compiled(case, eager))),
     ]

@@ -44,7 +44,11 @@ def contestants(case: Case) -> list[Contestant]:
         return lambda: {"advantages": function(rewards, group_size=case.G)}
 
     return [
-        *ours(case, lambda rewards, impl: step(rewards, partial(group_advantages, impl=impl))),
+        *ours(
+            case,
+            lambda rewards, impl: step(rewards, partial(group_advantages, impl=impl)),
+            lambda rewards: step(rewards, compiled(case, group_advantages)),
+        ),
         Contestant("eager, TRL's formula", lambda rewards: step(rewards, eager)),
         Contestant("torch.compile of eager", lambda rewards: step(rewards, compiled(case, eager))),
     ]

@@ -81,7 +81,7 @@ def contestants(case: Case) -> list[Contestant]:
             return step(given, given.logprobs, "logprobs", loss(grpo_loss, impl=impl))
 
         return [
-            *ours(case, own),
+            *ours(case, own, lambda given: step(given, given.logprobs, "logprobs", compiled(case, loss(grpo_loss)))),
             Contestant("eager", lambda given: step(given, given.logprobs, "logprobs", plain)),
             Contestant(
                 "torch.compile of eager",
@@ -99,14 +99,14 @@ def contestants(case: Case) -> list[Contestant]:
 
         return build
 
-    def own_from_logits(given: Any, impl: str) -> Step:
-        return from_logits(partial(token_logprobs, impl=impl), loss(grpo_loss, impl=impl))(given)
+    def own_from_logits(given: Any, impl: str, compile: bool = False) -> Step:
+        return from_logits(partial(token_logprobs, impl=impl), loss(grpo_loss, impl=impl), compile)(given)
 
     def eager_score(logits: Tensor, targets: Tensor) -> Tensor:
         return made.score(logits.float(), targets)
 
     return [
-        *ours(case, own_from_logits),
+        *ours(case, own_from_logits, lambda given: own_from_logits(given, "auto", compile=True)),
         Contestant("eager", from_logits(eager_score, plain)),
         Contestant("torch.compile of eager", from_logits(eager_score, plain, compile=True)),
         Contestant("Liger, triton_grpo_loss", _liger),

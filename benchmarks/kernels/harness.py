@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ..rows import OURS, Row
+from ..rows import COMPILED, OURS, Row
 
 # Largest error of a value, and relative error (Frobenius norm) of a gradient, whose name starts with d_
 PROMISED = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 2.5e-3)}
@@ -349,9 +349,13 @@ def compiled(case: Case, function: Callable, **options: Any) -> Callable:
     return torch.compile(function, dynamic=False, **options)
 
 
-def ours(case: Case, build: Callable[[Any, str], Step]) -> list[Contestant]:
-    """What `impl="auto"` runs, and on a GPU the PyTorch path too."""
+def ours(
+    case: Case, build: Callable[[Any, str], Step], compiled: Callable[[Any], Step] | None = None
+) -> list[Contestant]:
+    """What `impl="auto"` runs, and on a GPU the PyTorch path too; on a CPU that under torch.compile, where given."""
     contestants = [Contestant(OURS, lambda inputs: build(inputs, "auto"))]
     if case.device == "cuda":
         contestants.append(Contestant(f"{OURS}, PyTorch", lambda inputs: build(inputs, "torch")))
+    elif compiled is not None:
+        contestants.append(Contestant(f"{OURS}, {COMPILED}", compiled))
     return contestants

@@ -102,6 +102,15 @@ def test_rows_without_visits_enough_are_not_judged():
     assert rows.verdicts([case | ours | {"contestant": OURS}, case | rival | {"contestant": "rival"}]) == {}
 
 
+def test_what_is_compiled_stands_beside_what_is():
+    visits = {OURS: 10.0, f"{OURS}, torch.compile": 2.0, "rival": 9.0, "torch.compile of eager": 2.0, "other": 20.0}
+    found = [a_row(name, [each] * PASSES) for name, each in visits.items()]
+    says = {name: word for (_, name), word in rows.verdicts(found).items()}
+    assert says == {"rival": "slower", "torch.compile of eager": "equal", "other": "faster"}
+    says = {name: word for (_, name), word in rows.verdicts([found[0], *found[2:]]).items()}
+    assert says["torch.compile of eager"] == "slower"  # what is not compiled has nothing else to show
+
+
 def test_contradictions_and_near_misses_are_told_apart():
     def pair(first, second):
         return [row | {"variant": f"{first} {second}"} for date, ratio in (("1", first), ("2", second))

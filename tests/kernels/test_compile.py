@@ -173,6 +173,15 @@ def test_compiles_once_for_all_seeds():
     assert counter.frame_count <= 2
 
 
+def test_noise_is_computed_as_it_is():
+    """Fused into what surrounds it, every use of a word would run the generator again."""
+    _, call = step_case("seed")
+    graphs = []
+    torch.compile(call, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(3)
+    names = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert sum("philox_normal" in name for name in names) == 1 and len(names) < 100, names
+
+
 def test_inductor():
     hidden, call = linear_grpo_case("temperature")
     results = [(o, *torch.autograd.grad(o, hidden)) for o in (torch.compile(call, fullgraph=True)(0.9), call(0.9))]

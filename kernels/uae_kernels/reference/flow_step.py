@@ -168,6 +168,8 @@ def philox(keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return c0, c1, c2, c3
 
 
+# An op, for Inductor would unroll the pieces and the rounds into one kernel that computes a word again for every use.
+@torch.library.custom_op("uae_kernels::philox_normal", mutates_args=())
 def philox_normal(keys: Tensor, count: int) -> Tensor:
     """(B, count) fp32 normals, entry [b, i] = `triton.language.randn(keys[b], i)`: Box–Muller on the first two words
     of `philox`, taken in place, on a CPU a piece at a time."""
@@ -187,6 +189,11 @@ def philox_normal(keys: Tensor, count: int) -> Tensor:
             radius = u1.clamp_(min=1e-7).log_().mul_(-2).sqrt_()
             torch.mul(radius, u2.mul_(2 * math.pi).cos_(), out=out[:, start : start + columns])
     return normals
+
+
+@philox_normal.register_fake
+def _(keys, count):
+    return keys.new_empty(len(keys), count, dtype=torch.float32)
 
 
 def _first_words(keys: Tensor, start: int, state: Tensor, words: Tensor) -> None:

@@ -49,6 +49,9 @@ def open_images(place: str, key: str, config: DataConfig, *, captions: bool = Fa
     files = sorted(root.glob(pattern) if root.is_dir() else map(Path, glob.glob(place) if named else ()))
     if files:
         return ParquetImages(files, key, config, captions=captions)
+    if "@" in place and hub is None and not root.exists():
+        form = "owner/name@commit of a data set on the Hub, where a commit has 40 digits"
+        raise ConfigError([f"{key}: {place} is neither on this machine nor {form}"])
     if hub is not None or named:
         raise ConfigError([f"{key}: no parquet file in {place}"])
     return ImageFolder(place, key, captions=captions, max_bad=config.max_bad)

@@ -138,6 +138,13 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["somebody/something@main", "somebody/something@main/data/train-*.parquet"])
+def test_a_hub_repository_needs_its_commit(place):
+    with pytest.raises(ConfigError) as caught:
+        open_images(place, "data.train", DataConfig())
+    assert f"{place} is neither on this machine nor owner/name@commit" in caught.value.problems[0]
+
+
 def test_a_hub_repository_out_of_reach_is_named(monkeypatch):
     def snapshot_download(*_, **__):
         raise ConnectionError("no way there")

@@ -137,8 +137,9 @@ def test_no_kernel_that_a_model_folder_names_is_downloaded(foreign):
     [
         "from uae_fast.bnb import import_bitsandbytes; import_bitsandbytes()",
         "from uae_fast.tiny import pretrain as p; from pathlib import Path; p.PARTS = (); p.pretrain(Path(), Path())",
+        "from uae_fast.cli import main; assert main(['import-uae', 'nowhere', 'out']) == 2",
     ],
-    ids=["itself", "pretrain"],
+    ids=["itself", "pretrain", "import-uae"],
 )
 def test_bitsandbytes_fetches_no_kernel(tmp_path, call):
     """Where a package of that name is installed, which would: this one says so."""

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..bnb import import_bitsandbytes
 from ..checkpoint import save_checkpoint
 from ..config import ConfigError, load_config, save_config
 from ..identity import machine, run_identity
@@ -62,6 +63,7 @@ def import_uae(
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError([f"import-uae: {out} exists already"])
+    import_bitsandbytes()
     llm, llm_lora, dit, dit_lora = (_place(folder, names) for names in (LLM, ("llm_lora",), ("dit",), ("dit_lora",)))
     drawing = Source.parse(sd3 or str(_place(folder, SD3)), "--sd3")
     reading = Source.parse(processor or str(_place(folder, PROCESSOR, "tokenizer_config.json")), "--processor")

@@ -132,14 +132,23 @@ def test_no_kernel_that_a_model_folder_names_is_downloaded(foreign):
         }
 
 
-def test_bitsandbytes_fetches_no_kernel(tmp_path):
+@pytest.mark.parametrize(
+    "call",
+    [
+        "from uae_fast.bnb import import_bitsandbytes; import_bitsandbytes()",
+        "from uae_fast.tiny import pretrain as p; from pathlib import Path; p.PARTS = (); p.pretrain(Path(), Path())",
+        "from uae_fast.cli import main; assert main(['import-uae', 'nowhere', 'out']) == 2",
+    ],
+    ids=["itself", "pretrain", "import-uae"],
+)
+def test_bitsandbytes_fetches_no_kernel(tmp_path, call):
     """Where a package of that name is installed, which would: this one says so."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    print('fetched')\n    raise ImportError\n")
-    code = "import kernels\nfrom uae_fast.bnb import import_bitsandbytes\nimport_bitsandbytes()\n"
+    code = f"import kernels\n{call}\n"
     code += "import kernels as again\nassert again is kernels\nfrom bitsandbytes.nn import Linear4bit"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert (done.returncode, done.stdout) == (0, "") and "pip install" not in done.stderr, done.stderr
     bare = [sys.executable, "-c", "import bitsandbytes"]
     done = subprocess.run(bare, env=env, cwd=tmp_path, capture_output=True, text=True)
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

@@ -7,6 +7,8 @@ import sys
 from typing import Any
 
 KERNELS = "kernels"  # Hugging Face's package that downloads them
+# These would ask for that package, and say in every pass of every LLM.int8() layer that bf16 becomes fp16
+QUIET = ("backends.cpu.ops", "autograd._functions")
 
 
 def import_bitsandbytes() -> Any:
@@ -21,11 +23,11 @@ def import_bitsandbytes() -> Any:
     for name in known:
         del sys.modules[name]
     sys.modules[KERNELS] = None  # type: ignore[assignment]  # an import of it fails
+    for module in QUIET:
+        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     finally:
         del sys.modules[KERNELS]
         sys.modules.update(known)
-    # LLM.int8() would say in every pass of every layer that it casts bf16 to fp16
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return bitsandbytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 from collections.abc import Iterable, Sequence, Set
@@ -18,6 +17,7 @@ from .models.loading import run_device
 from .models.sources import Source, find_sources
 from .parquet import HUB_FILES
 from .team import Team
+from .text import nearest
 
 # Keys that change nothing of what is computed. Of folders it is the contents that count, under the same keys.
 FREE = {
@@ -116,5 +116,5 @@ def _difference(key: str, saved: Any, present: Any) -> str:
 
 
 def _near(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, known, 1, 0.6)
-    return f"; did you mean {near[0]}?" if near else " that going on depends on"
+    near = nearest(key, known)
+    return f"; did you mean {near}?" if near else " that going on depends on"

@@ -16,6 +16,7 @@ import torch
 
 from .config import ConfigError, DataConfig
 from .data import Example, ImageFolder, Images, load_image, reason
+from .models.sources import named as reading
 from .text import unicode_text
 
 HUB_FILES = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)@(?P<revision>[0-9a-f]{40})(/(?P<pattern>.+\.parquet))?")
@@ -43,10 +44,14 @@ def open_images(place: str, key: str, config: DataConfig, *, captions: bool = Fa
 
         pattern, wanted = hub["pattern"] or pattern, hub["pattern"] or "*.parquet"
         where: dict[str, Any] = {"repo_type": "dataset", "revision": hub["revision"], "allow_patterns": [wanted]}
-        root = Path(snapshot_download(hub["name"], **where))
+        with reading(key, place):
+            root = Path(snapshot_download(hub["name"], **where))
     files = sorted(root.glob(pattern) if root.is_dir() else map(Path, glob.glob(place) if named else ()))
     if files:
         return ParquetImages(files, key, config, captions=captions)
+    if "@" in place and hub is None and not root.exists():
+        form = "owner/name@commit of a data set on the Hub, where a commit has 40 digits"
+        raise ConfigError([f"{key}: {place} is neither on this machine nor {form}"])
     if hub is not None or named:
         raise ConfigError([f"{key}: no parquet file in {place}"])
     return ImageFolder(place, key, captions=captions, max_bad=config.max_bad)

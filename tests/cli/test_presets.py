@@ -1,14 +1,17 @@
 """The presets that ship: sound before anything loads, and their paths through every stage on small models."""
 
 import json
+from pathlib import Path
 
 import pytest
 from layouts import write_decoder, write_encoder, write_image_encoder
 
 from uae_fast.config import PRESETS, ConfigError, load_config, preset_names
+from uae_fast.models.memory import GIB, PARTS, Predictor, worst
 from uae_fast.models.sources import find_sources, shipped_shape
 from uae_fast.trainer import train
 
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 FULL_SIZE = [name for name in preset_names() if name != "tiny"]
 
 
@@ -44,6 +47,28 @@ def test_a_preset_says_how_it_starts_and_what_is_only_predicted(name):
     )
     for stage in range(4):
         assert any(line.startswith(f"#   stage {stage} ") for line in head)
+
+
+def stated(name):
+    """GiB of each stage in a preset's header, with what it needs them for; and the preset's row in docs/models.md."""
+    lines = (PRESETS / f"{name}.yaml").read_text().splitlines()
+    head = [line.split(maxsplit=4)[3:] for line in lines if line.startswith("#   stage ")]
+    row = next(line for line in DOCS.read_text().splitlines() if line.startswith(f"| `{name}` |"))
+    return head, [cell.strip() for cell in row.split("|")[2:-1]]
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_the_table_of_the_docs_has_the_headers_numbers(name):
+    head, row = stated(name)
+    assert len(row) == 9 and row[5:] == [peak for peak, _ in head]
+
+
+def test_a_preset_needs_what_its_header_and_the_docs_say():
+    """The smallest one, in the stage that is told soonest; `uae-fast check` says so of the others."""
+    predictor, (head, row) = Predictor(load_config("sd35m_16gb")), stated("sd35m_16gb")
+    assert row[:5] == [f"{predictor.weight_bytes(part) / GIB:.2f}" for part in PARTS]
+    peak = worst(predictor.phases(0))
+    assert head[0] == [f"{peak.total / GIB:.1f}", peak.name]
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)

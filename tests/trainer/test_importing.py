@@ -1,6 +1,7 @@
 """The released UAE weights: small ones in exactly their layout, made by peft and diffusers, and back."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -201,8 +202,6 @@ def test_a_run_goes_on_from_what_was_imported(release, imported, world, tmp_path
 
 def copy_with(release, tmp_path, part, edit):
     """A copy of the release in which the tensors of one folder's first file are edited."""
-    import shutil
-
     folder = tmp_path / "release"
     shutil.copytree(release[0], folder)
     file = sorted((folder / part).glob("*.safetensors"))[0]
@@ -270,6 +269,37 @@ def test_adapters_of_two_ranks_and_scales_are_kept_exactly(release, tmp_path):
     name = "base_model.model.transformer_blocks.1.attn.to_k"
     expected = 3 * theirs[f"{name}.lora_B.weight"] @ theirs[f"{name}.lora_A.weight"]
     assert (ours - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "said, scale",
+    [({"use_rslora": True}, 4.0), ({"alpha_pattern": {"to_q": 32}}, None), ({"rank_pattern": {"to_q": 2}}, None)],
+)
+def test_a_scale_is_the_adapters_own_or_refused(release, tmp_path, said, scale):
+    """Of rank 4 with α = 8: rank-stabilised α / √r; one of its own for some modules is no single one."""
+    shutil.copytree(release[0], folder := tmp_path / "release")
+    config = json.loads((folder / "dit_lora" / "adapter_config.json").read_text())
+    (folder / "dit_lora" / "adapter_config.json").write_text(json.dumps({**config, **said}))
+    if scale is None:
+        with pytest.raises(ConfigError, match=f"dit_lora: {next(iter(said))} = .* is not supported"):
+            do_import(folder, tmp_path / "out")
+        return
+    do_import(folder, tmp_path / "out")
+    name = "transformer_blocks.1.attn.to_k"
+    layer = load_run(tmp_path / "out", None)[1].decoder.transformer.get_submodule(name)
+    theirs = load_file(folder / "dit_lora" / "adapter_model.safetensors")[f"base_model.model.{name}.lora_B.weight"]
+    assert torch.equal(layer.scaling["default"] * layer.lora_B["default"].weight, scale * theirs)
+
+
+@pytest.mark.parametrize(
+    "file", ["llm/config.json", "llm/model-00001-of-00002.safetensors", "dit_lora/adapter_config.json"]
+)
+def test_a_file_that_cannot_be_read_is_named(release, tmp_path, file):
+    shutil.copytree(release[0], folder := tmp_path / "release")
+    (folder / file).write_bytes((folder / file).read_bytes()[:20])
+    with pytest.raises(ConfigError, match=f"import-uae: {folder / file} cannot be loaded: "):
+        do_import(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_names_what_is_missing(release, tmp_path, capsys):

@@ -9,6 +9,7 @@ from layouts import write_decoder, write_encoder, write_image_encoder
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from uae_fast.checkpoint import checkpoints
 from uae_fast.config import ConfigError, load_config
 from uae_fast.data import ImageFolder
 from uae_fast.models.dummy import empty
@@ -153,6 +154,35 @@ def test_what_does_not_fit_is_told_before_anything_loads(override, words, monkey
     monkeypatch.setattr("uae_fast.models.loading.pretrained", None)
     (found,) = problems(override)
     assert words in found and found.startswith(("caption.", "condition.", "data."))
+
+
+def test_widths_that_do_not_meet_are_told(tmp_path):
+    """A projector of other models before anything loads, a pooled condition when the decoder does."""
+    shutil.copytree(TINY, folder := tmp_path / "models")
+    weights = load_file(folder / "projector.safetensors")
+    for name, cut, words in (
+        ("up.weight", weights["up.weight"][:, :120], "from 120 channels to 96"),
+        ("down.weight", weights["down.weight"][:88], "from 128 channels to 88"),
+    ):
+        save_file({**weights, name: cut.contiguous()}, folder / "projector.safetensors")
+        (found,) = problems(f"models.path={folder}")
+        assert words in found and "states have 128 and the decoder's context has 96" in found
+    save_file({"up.weight": weights["up.weight"]}, folder / "projector.safetensors")
+    assert "down.weight" in problems(f"models.path={folder}")[0]
+    save_file({name: value for name, value in weights.items() if name != "up.bias"}, folder / "projector.safetensors")
+    with pytest.raises(ConfigError, match=r"projector.safetensors cannot be loaded: .*up\.bias"):
+        load_models(load_config("tiny", [f"models.path={folder}"]))
+    save_file({"pooled": torch.zeros(15)}, file := tmp_path / "pooled.safetensors")
+    with pytest.raises(ConfigError, match=r"pooled condition of 16 channels, .*pooled\.safetensors has 15"):
+        load_decoder(Source(str(TINY / "decoder")), file)
+
+
+def test_a_start_of_another_rank_is_named(world, small_config):
+    adapters = ("models.encoder=lora", "models.lora_rank=4", "stages=[2]", "stage2.steps=1", "evaluate.images=0")
+    start = checkpoints(train(small_config(world, *adapters)) / "checkpoints")[-1]
+    load_models(small_config(world, *adapters, f"models.start={start}"))
+    with pytest.raises(ConfigError, match=rf"models\.start: {start} cannot be loaded: .*size mismatch"):
+        load_models(small_config(world, *adapters, f"models.start={start}", "models.lora_rank=8"))
 
 
 def test_images_are_made_smaller_to_keep_to_their_tokens():

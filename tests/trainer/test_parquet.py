@@ -138,6 +138,23 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["somebody/something@main", "somebody/something@main/data/train-*.parquet"])
+def test_a_hub_repository_needs_its_commit(place):
+    with pytest.raises(ConfigError) as caught:
+        open_images(place, "data.train", DataConfig())
+    assert f"{place} is neither on this machine nor owner/name@commit" in caught.value.problems[0]
+
+
+def test_a_hub_repository_out_of_reach_is_named(monkeypatch):
+    def snapshot_download(*_, **__):
+        raise ConnectionError("no way there")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    place = f"somebody/something@{'0123456789' * 4}"
+    with pytest.raises(ConfigError, match=f"data.train: {place} cannot be loaded: no way there"):
+        open_images(place, "data.train", DataConfig())
+
+
 def test_too_many_broken_rows_stop_a_run_by_name(tmp_path):
     folder = write(tmp_path / "some", [png("red"), b"not a picture", png("blue")])
     images = open_images(str(folder), "data.train", DataConfig(max_bad=0.3))

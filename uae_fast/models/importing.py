@@ -22,12 +22,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..bnb import import_bitsandbytes
 from ..checkpoint import save_checkpoint
 from ..config import ConfigError, load_config, save_config
 from ..identity import machine, run_identity
 from ..run import Position
 from .loading import load_models, pooled_condition, pretrained
-from .sources import Source
+from .sources import Source, named
 
 LLM = ("llm", "llm_model")
 PROCESSOR = ("llm_processor", "llm_model_preprocessor", *LLM)
@@ -35,6 +36,7 @@ SD3 = ("SD3", "SD3_model")
 PROJECTOR = {f"projector.{i}.{x}": f"{to}.{x}" for i, to in ((0, "up"), (2, "down")) for x in ("weight", "bias")}
 KEPT = (".json", ".safetensors")
 WRAPPED = "model.base_model.model."  # what peft puts before the names of the model it wraps, which was `model`
+SCALES = ("alpha_pattern", "rank_pattern")  # of peft: other scales for some modules
 ENCODER_SCALE = 2.0  # α / r of their encoder's adapter, 64 / 32: the shards do not say it
 AS_RELEASED = ["data.resolution=1024", "render.steps=40", "reward.heldout="]  # over the preset `paper`: their demo
 
@@ -61,6 +63,7 @@ def import_uae(
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError([f"import-uae: {out} exists already"])
+    import_bitsandbytes()
     llm, llm_lora, dit, dit_lora = (_place(folder, names) for names in (LLM, ("llm_lora",), ("dit",), ("dit_lora",)))
     drawing = Source.parse(sd3 or str(_place(folder, SD3)), "--sd3")
     reading = Source.parse(processor or str(_place(folder, PROCESSOR, "tokenizer_config.json")), "--processor")
@@ -103,13 +106,20 @@ def _place(folder: Path, names: tuple[str, ...], file: str = "") -> Path:
     raise ConfigError([f"import-uae: {folder} has no {what}"])
 
 
+def _json(file: Path) -> dict[str, Any]:
+    with named("import-uae", file):
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a folder's safetensors files."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError([f"import-uae: {folder} has no safetensors file"])
     for file in files:
-        yield from load_file(file).items()
+        with named("import-uae", file):
+            tensors = load_file(file)
+        yield from tensors.items()
 
 
 def _write_encoder(llm: Path, llm_lora: Path, reading: Source, models: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -141,7 +151,7 @@ def _write_encoder(llm: Path, llm_lora: Path, reading: Source, models: Path) -> 
     projector = {ours: weights.pop(name).contiguous() for name, ours in PROJECTOR.items()}
     save_file(projector, models / "projector.safetensors")
     (folder := models / "encoder").mkdir()
-    config = json.loads((llm / "config.json").read_text(encoding="utf-8"))
+    config = _json(llm / "config.json")
     config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     save_file({n: w.contiguous() for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
@@ -170,17 +180,18 @@ def _write_decoder(dit: Path, drawing: Source, folder: Path) -> None:
 
 
 def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
-    """An adapter saved by peft, by module and side, and its α / r."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    adapter, unknown = {}, []
+    """An adapter saved by peft, by module and side, and what its product is scaled by, α / r or α / √r."""
+    config = _json(folder / "adapter_config.json")
+    adapter = {}
+    problems = [f"{folder.name}: {key} = {config[key]} is not supported" for key in SCALES if config.get(key)]
     for name, value in _tensors(folder):
         side = name.removeprefix("base_model.model.").removesuffix(".weight")
         if side.endswith((".lora_A", ".lora_B")):
             adapter[side] = value
         else:
-            unknown.append(f"{folder.name}: unknown tensor {name} {tuple(value.shape)}")
-    _refuse(unknown)
-    return adapter, config["lora_alpha"] / config["r"]
+            problems.append(f"{folder.name}: unknown tensor {name} {tuple(value.shape)}")
+    _refuse(problems)
+    return adapter, config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
 
 
 @torch.no_grad()

@@ -120,7 +120,8 @@ def load_models(config: Config) -> Models:
             verify_checkpoint(Path(settings.start))
         except DamagedCheckpoint as error:
             raise ConfigError([f"models.start: {error}"]) from None
-        load_checkpoint(Path(settings.start), models)
+        with named("models.start", settings.start):
+            load_checkpoint(Path(settings.start), models)
     if settings.offload:
         models.offloader = Offloader(models, device)
     else:
@@ -308,7 +309,8 @@ def load_decoder(
         quantization, options: as of `load_network`; quantised are the transformer's blocks.
 
     Raises:
-        ConfigError: a part cannot be read, or vae_tiny has other latents than vae.
+        ConfigError: a part cannot be read, the pooled condition is not as wide as the transformer takes it, or vae_tiny
+            has other latents than vae.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
@@ -324,6 +326,9 @@ def load_decoder(
     else:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(source.configuration("scheduler"))
         condition = torch.zeros(transformer.config.pooled_projection_dim)
+    if len(condition) != (width := transformer.config.pooled_projection_dim):
+        problem = f"{source}'s transformer takes a pooled condition of {width} channels, {pooled} has {len(condition)}"
+        raise ConfigError([f"{source.key}: {problem}"])
     if vae_tiny is not None:
         sizes = [(c.latent_channels, len(c.block_out_channels)) for c in (vae.config, vae_tiny.config)]
         if sizes[0] != sizes[1] or vae_tiny.config.upsampling_scaling_factor != 2:

@@ -8,7 +8,8 @@ elementwise operators, the head's Jacobian in stage 2, and a sum for CUDA itself
 Not counted: the vision tower's activations (no gradients, one image after another), what an op or a library holds only
 while it computes (`linear_logprobs`: about 0.16 GiB on a GPU, 2 MiB on a CPU; cuDNN's and cuBLAS's workspaces; the
 weight that NF4 widens), the allocator's rounding to 512 B and its fragmentation, the copies of activations that
-LLM.int8() makes, what `same_sampler.fp8` saves and `same_sampler.graph` takes, and the moment of loading, when the
+LLM.int8() makes, the 256 MiB at most of gradients that several processes send together when the activations are gone,
+what `same_sampler.fp8` saves and `same_sampler.graph` takes, and the moment of loading, when the
 layers that make modulations are there as well.
 """
 

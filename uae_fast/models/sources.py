@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from ..checkpoint import STATE
 from ..config import Config, ConfigError
 from ..text import printable
@@ -159,7 +161,8 @@ def named(key: str, what: object) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+        reason = " ".join(lines[: 1 + lines[0].endswith(":")])  # of load_state_dict's, what is wrong is in the second
         raise ConfigError([f"{key}: {what} cannot be loaded: {printable(reason)}"]) from error
 
 
@@ -267,4 +270,13 @@ def problems_of_fit(config: Config, sources: Sources) -> list[str]:
         largest = patch * transformer["pos_embed_max_size"]
         if side % patch or not 0 < side <= largest:
             found.append(f"data.resolution: the decoder draws multiples of {patch} pixels up to {largest}, not {side}")
+    if sources.projector is not None:
+        with named("models.path", sources.projector), safe_open(sources.projector, "pt") as file:
+            into, out = file.get_slice("up.weight").get_shape()[1], file.get_slice("down.weight").get_shape()[0]
+            states, context = model.get("text_config", model)["hidden_size"], transformer["joint_attention_dim"]
+            if (into, out) != (states, context):
+                found.append(
+                    f"models.path: {sources.projector} leads from {into} channels to {out}, but the encoder's states "
+                    f"have {states} and the decoder's context has {context}"
+                )
     return found

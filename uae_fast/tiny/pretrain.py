@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..bnb import import_bitsandbytes
 from ..checkpoint import LOCAL
 from ..models.decoder import Decoder
 from ..models.dummy import word_tokenizer
@@ -347,6 +348,7 @@ def pretrain(folder: Path, work: Path) -> None:
         folder: where the weights go, one subfolder a part.
         work: scratch folder of resumable training states.
     """
+    import_bitsandbytes()
     folder.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     card = folder / "card.json"

@@ -149,6 +149,11 @@ def test_a_process_that_is_killed_ends_the_others(make, tmp_path):
     assert time.monotonic() - began < teams.DEADLINE / 2
 
 
+def test_nobody_returns_before_all_is_written(make, tmp_path):
+    job = (make("stages=[2]", "stage2.steps=1"), teams.is_slow_to_report)
+    assert teams.in_team(tmp_path, job) == [0, 0], (tmp_path / "1.txt").read_text()
+
+
 def test_batches_that_do_not_divide_are_refused_before_anything_loads(make, tmp_path):
     options = ("stages=[0,2]", "stage0.images=9", "stage0.micro_batch=3", "stage2.micro_batch=8")
     assert teams.in_team(tmp_path, (make(*options),)) == [2, 2]

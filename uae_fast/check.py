@@ -10,6 +10,7 @@ from rich.table import Table
 from uae_kernels.mmdit.joint_attention import check_backend
 
 from .config import Config, ConfigError, accelerated, cheaper
+from .data import small_world
 from .environment import quiet_libraries
 from .models.loading import records_graphs
 from .models.sources import find_sources
@@ -29,7 +30,7 @@ def show_check(config: Config, gpu_memory: float | None) -> None:
     show(sampler_line(config))
     for key, place in (("train", config.data.train), ("heldout", config.data.heldout)):
         if "@" not in place and not glob(place):
-            show(f"data.{key}: {place} is not there yet")
+            print(f"data.{key}: {place} is not there yet{small_world(f'data.{key}', place)}")
     show("the configuration is sound")
     show_memory(config, gpu_memory)
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .config import ConfigError
+from .config import ConfigError, DataConfig
 from .models.reward import to_tensor
 from .seeds import generator
 from .team import Team
@@ -222,6 +222,13 @@ class ReadAhead:
         return replace(batch, examples=examples)
 
 
+def small_world(key: str, place: str | Path) -> str:
+    """What makes the images of the `tiny` preset, to be said where it is they that are missing; else nothing."""
+    split = key.removeprefix("data.")
+    made_here = str(place) == getattr(DataConfig, split, None)
+    return f"; this makes it: uae-fast tiny export {place} --split {split}" if made_here else ""
+
+
 class ImageFolder(Images):
     """The images of a folder, every one decoded once at the start; those that cannot be are left out, by name.
 
@@ -245,7 +252,7 @@ class ImageFolder(Images):
         super().__init__()
         self.folder, self.key, self.max_bad = Path(folder), key, max_bad
         if not self.folder.is_dir():
-            raise ConfigError([f"{key}: {folder} is not a folder"])
+            raise ConfigError([f"{key}: {folder} is not a folder{small_world(key, folder)}"])
         self.files = sorted(path.name for path in self.folder.iterdir() if path.suffix.lower() in SUFFIXES)
         if not self.files:
             raise ConfigError([f"{key}: {folder} has no image ({', '.join(sorted(SUFFIXES))})"])

@@ -136,6 +136,7 @@ def run_all(config: Config, folder: Path, resume: bool, force: Sequence[str], te
     if first:
         evaluator.summary(minutes=(time.monotonic() - began) / 60)
         write_report(folder)
+    team.exchange()  # nobody returns before that is written
 
 
 def run_stages(run: Run, kinds: Sequence[Any], evaluator: Evaluator) -> None:

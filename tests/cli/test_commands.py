@@ -58,9 +58,14 @@ def test_a_wrong_key_in_a_file_names_file_and_line(tmp_path):
     assert done.stderr == f"{tmp_path}/mine.yaml:4: stage2.bata: unknown key; did you mean stage2.beta?\n"
 
 
-def test_missing_folders_are_named_before_any_model_loads(tmp_path, capsys):
+def test_missing_folders_are_named_before_any_model_loads(tmp_path, monkeypatch, capsys):
     assert main(["train", "tiny", f"run={tmp_path / 'r'}", f"data.train={tmp_path / 'none'}"]) == 2
     assert f"data.train: {tmp_path / 'none'} is not a folder" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny"]) == 2
+    said, _, told = capsys.readouterr().err.rpartition("; this makes it: uae-fast ")
+    assert said.endswith("data.train: data/tiny/train is not a folder")
+    assert main([*told.split(), "--count", "4"]) == 0 and (tmp_path / "data/tiny/train").is_dir()
     assert main(["check", "tiny", f"models.path={tmp_path}"]) == 2
     assert "has no encoder" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import uae_fast.trainer
 from uae_fast.config import ConfigError
 from uae_fast.data import ImageFolder
+from uae_fast.evaluate.heldout import Evaluator
 from uae_fast.guards import Interrupted, RunFailed
 from uae_fast.optim import RunningMean
 from uae_fast.stages import generation_for_understanding
@@ -70,7 +72,8 @@ def _work(rank: int, size: int, meeting: Path, jobs: tuple[tuple[Any, ...], ...]
                 with pytest.MonkeyPatch.context() as patch:
                     if plant is not None:
                         plant(patch, rank)
-                    uae_fast.trainer.train(config, resume=resume)
+                    left = uae_fast.trainer.train(config, resume=resume)
+                assert (left / "summary.json").is_file() and (left / "report.html").is_file(), "not all is written"
             status = 0
         except Interrupted as stopped:
             status = stopped.status
@@ -119,6 +122,18 @@ def own_spread(patch: pytest.MonkeyPatch, rank: int) -> None:
             return advantages(rewards, settings)
 
     patch.setattr(generation_for_understanding, "advantages", alone)
+
+
+def is_slow_to_report(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """Process 0 takes a second before it writes what a run ends with."""
+    write = Evaluator.summary
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        time.sleep(1)
+        return write(*arguments, **options)
+
+    if not rank:
+        patch.setattr(Evaluator, "summary", late)
 
 
 # ---- trouble in process 1 alone -------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from equal_runs import differing_tensors, rows, weights
 from safetensors.torch import load_file
 
 from uae_fast.checkpoint import checkpoints, read_state
-from uae_fast.config import save_config
+from uae_fast.config import load_config, save_config
 from uae_fast.logging import timeless
-from uae_fast.team import merged
+from uae_fast.team import _indivisible, merged
 from uae_fast.trainer import train
 
 SMALL = (
@@ -149,6 +149,11 @@ def test_a_process_that_is_killed_ends_the_others(make, tmp_path):
     assert time.monotonic() - began < teams.DEADLINE / 2
 
 
+def test_nobody_returns_before_all_is_written(make, tmp_path):
+    job = (make("stages=[2]", "stage2.steps=1"), teams.is_slow_to_report)
+    assert teams.in_team(tmp_path, job) == [0, 0], (tmp_path / "1.txt").read_text()
+
+
 def test_batches_that_do_not_divide_are_refused_before_anything_loads(make, tmp_path):
     options = ("stages=[0,2]", "stage0.images=9", "stage0.micro_batch=3", "stage2.micro_batch=8")
     assert teams.in_team(tmp_path, (make(*options),)) == [2, 2]
@@ -156,6 +161,12 @@ def test_batches_that_do_not_divide_are_refused_before_anything_loads(make, tmp_
     assert "stage0.images: 9 images do not divide among 2 processes\n" in said
     assert "stage2.micro_batch: the 4 samples of each of 2 processes do not divide into micro-batches of 8\n" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_presets_divide_as_the_documentation_says():
+    for name in ("sd35m_80gb", "sd35l_80gb", "sd35l_h200"):
+        assert [_indivisible(load_config(name), size) for size in (2, 4, 8)] == [[], [], []], name
+    assert _indivisible(load_config("tiny", ["stage1.micro_batch=16", "stage2.micro_batch=32"]), 2) == []
 
 
 def test_a_mistake_that_one_finds_is_said_by_all(make, tmp_path):

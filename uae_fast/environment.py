@@ -55,6 +55,7 @@ def quiet_libraries() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", module="PIL")  # of files that it reads all the same
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")  # peft, inside transformers
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

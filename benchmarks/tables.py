@@ -139,8 +139,8 @@ ON = {"gpu": "a GPU", "cpu": "a CPU"}
 WHY = (
     "The ops' kernels are Triton's and need a GPU. On a CPU the ops are PyTorch operations that sum in fp32. Those "
     "that torch.compile can fuse (advantages, policy losses, flow steps) are compiled beside a rival that is. "
-    "Log-probs take rows in tiles of a fixed size: a row's result depends neither on the rows beside it nor on its place, "
-    "which rivals do not promise. Noise is drawn by the kernels' generator, in integer arithmetic."
+    "Log-probs take rows in tiles of a fixed size: a row's result depends neither on the rows beside it nor on its "
+    "place, which rivals do not promise. Noise is drawn by the kernels' generator, in integer arithmetic."
 )
 
 

@@ -24,7 +24,22 @@ from .kernels.memory import NAME as MEMORY
 from .kernels.report import exponents, size
 from .kernels.scaling import OP as SCALING
 from .kernels.test_speed import OPS
-from .rows import OURS, RESULTS, ROOT, UNJUDGED, Row, case_of, is_ours, label, like, newest, ratio, read, verdict
+from .rows import (
+    COMPILED,
+    OURS,
+    RESULTS,
+    ROOT,
+    UNJUDGED,
+    Row,
+    case_of,
+    is_ours,
+    label,
+    like,
+    newest,
+    ratio,
+    read,
+    verdict,
+)
 from .sampler import counted, denoise
 from .trainer import learning
 
@@ -137,10 +152,9 @@ def measured(kind: str, ops: Iterable[str], folder: Path, columns: Columns = TIM
 ORDER = ("faster", "equal", "slower", UNJUDGED)
 ON = {"gpu": "a GPU", "cpu": "a CPU"}
 WHY = (
-    "The ops' kernels are Triton's and need a GPU. On a CPU the ops are PyTorch operations that sum in fp32. Those "
-    "that torch.compile can fuse (advantages, policy losses, flow steps) are compiled beside a rival that is. "
-    "Log-probs take rows in tiles of a fixed size: a row's result depends neither on the rows beside it nor on its "
-    "place, which rivals do not promise. Noise is drawn by the kernels' generator, in integer arithmetic."
+    "The ops' kernels are Triton's and need a GPU. On a CPU the ops are PyTorch operations that sum in fp32. Log-probs "
+    "take rows in tiles of a fixed size: a row's result depends neither on the rows beside it nor on its place, which "
+    "rivals do not promise. Noise is drawn by the kernels' generator, in integer arithmetic."
 )
 
 
@@ -227,6 +241,8 @@ def by_op(pairs: list[Beside]) -> list[str]:
         lines.append([op, tally(cases), cases[-1].words(), cases[0].words() if len(cases) > 1 else ""])
     kind = pairs[0].own["kind"]
     short = f"On {ON[kind]} the ops are {tally(pairs)} of {len(pairs)} cases, each beside its fastest rival."
+    if fused := sorted({pair.own["op"] for pair in pairs if COMPILED in pair.own["contestant"]}):
+        short += f" Where that is compiled, so are ours that torch.compile can fuse: {', '.join(fused)}."
     header = [f"on {ON[kind]}", "ours is", "best case: its fastest rival's time over ours", "worst case"]
     return [f"{short} {WHY}" if kind == "cpu" else short, markdown(header, lines), *in_half_precision(pairs)]
 
